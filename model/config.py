@@ -1,0 +1,108 @@
+"""What a model is, as values: one frozen dataclass binds the network, its autoencoder, text encoder, sampler and refiner.
+
+A preset (presets.py) is one value of `WorldModelConfig`. Nothing in Longtake asks for a preset's name; everything reads
+these fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SoftmaxScale = Literal["head_dim", "padded"] | float
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Flow-matching Euler sampler, bound to the weights it was trained for (SANA-WM section 3).
+
+    shift: time shift s of sigma' = s sigma / (1 + (s - 1) sigma). guidance_scale 1 means one pass without the negative prompt.
+    """
+
+    num_steps: int = 60
+    shift: float = 9.8
+    guidance_scale: float = 5.0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text encoder. `gemma` is Gemma-2 through transformers; `bytes` is a small encoder trained with the world model.
+
+    length: tokens kept (the last `length - 1` and the first). prefix: instruction put before every positive prompt.
+    """
+
+    kind: Literal["gemma", "bytes"] = "gemma"
+    length: int = 300
+    dim: int = 2304
+    depth: int = 0
+    prefix: str = ""
+    pretrained: str = ""
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Second stage, an LTX-2 video transformer (section 3.4). sigmas: truncated schedule, the last one is 0."""
+
+    num_layers: int = 48
+    num_heads: int = 32
+    head_dim: int = 128
+    text_dim: int = 3840
+    lora_rank: int = 384
+    sigmas: tuple[float, ...] = (0.909375, 0.725, 0.421875, 0.0)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """One world model. Sizes default to the public 2.66 B release.
+
+    vae: keyword arguments of diffusers' `AutoencoderKLLTX2Video`. vae_stride: (frames, rows, columns) of pixels a latent.
+    image_size: (height, width) in pixels that the weights were trained at.
+
+    Fields for the differences between the public releases:
+      ucpe_downscale: scale camera-branch queries, keys and values back to their RMS before UCPE (first release).
+      softmax_scale_main, softmax_scale_camera: "head_dim" is 1/sqrt(head_dim); "padded" is 1/sqrt(the head dim padded to 128
+        or 256 unless it is 32, 64, 128 or 256), as releases that pad for flash attention compute it; a number is the scale.
+      softmax_dtype: what queries, keys and values of softmax blocks are rounded to; all releases round to bfloat16.
+      key_map: which keys the action language means (camera/actions.py).
+    """
+
+    name: str = "sana-wm"
+    depth: int = 20
+    hidden_size: int = 2240
+    num_heads: int = 20
+    head_dim: int = 112
+    latent_channels: int = 128
+    text_dim: int = 2304
+    softmax_every: int = 4
+    mlp_ratio: float = 3.0
+    conv_kernel_size: int = 4
+    temporal_kernel_size: int = 3
+    chunk_size: int = 3
+    plucker_channels: int = 48
+    max_latent_frames: int = 1024
+    ucpe_downscale: bool = True
+    softmax_scale_main: SoftmaxScale = "head_dim"
+    softmax_scale_camera: SoftmaxScale = "padded"
+    softmax_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    key_map: str = "official"
+    image_size: tuple[int, int] = (704, 1280)
+    vae_stride: tuple[int, int, int] = (8, 32, 32)
+    fps: float = 16.0
+    sampler: SamplerConfig = SamplerConfig()
+    text: TextConfig = TextConfig()
+    refiner: RefinerConfig = RefinerConfig()
+    vae: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads x head_dim = {self.num_heads} x {self.head_dim} = "
+                f"{self.num_heads * self.head_dim}: change one of the three"
+            )
+        if self.head_dim % 8:
+            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 8: UCPE acts on groups of 4 in half a head")
+        if self.plucker_channels != 6 * self.vae_stride[0]:
+            raise ValueError(
+                f"plucker_channels {self.plucker_channels} must be 6 x the VAE's temporal stride {self.vae_stride[0]}"
+            )

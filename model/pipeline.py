@@ -1,0 +1,180 @@
+"""From an image, a caption and a trajectory to video: the parts of a world model, loaded together and called one by one.
+
+Each method is one step, so that a server or a batch job can run the steps on different machines: encode, rollout (stage 1),
+refine (stage 2), decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from longtake.model import presets, weights
+from longtake.model.camera import CameraFeatures
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.world_model import WorldModel
+from longtake.model.refiner import Refiner
+from longtake.model.samplers.flow_euler import clip_noise, euler, schedule
+from longtake.model.text import build_text_encoder
+from longtake.model.vae import build_vae, decode_latents, encode_frames
+
+PARTS = ("text", "vae", "dit", "refiner")
+ImageInput = Image.Image | str | Path | np.ndarray
+
+
+class WorldPipeline:
+    """A loaded world model. Parts that were not asked for are None; a step that needs one raises ValueError.
+
+    Latents are normalised, float32, (B, C, T, h, w) with T = (frames - 1) / vae_stride[0] + 1. Seeds: one a clip; a clip's
+    result depends on its own seed alone, not on its neighbours in the batch.
+    """
+
+    def __init__(self, config: WorldModelConfig, modules: dict[str, nn.Module], device: str | torch.device = "cpu"):
+        self.config = config
+        self.device = torch.device(device)
+        self.modules = {name: module.eval().requires_grad_(False).to(self.device) for name, module in modules.items()}
+
+    @classmethod
+    def from_config(
+        cls, config: WorldModelConfig, seed: int = 0, device: str | torch.device = "cpu", parts: Sequence[str] = PARTS
+    ) -> WorldPipeline:
+        """Random weights: for tests, and for measuring the full size without its checkpoint."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config, {part: _build(part, config) for part in parts}, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        preset: str = "tiny",
+        weights_path: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        parts: Sequence[str] = PARTS,
+    ) -> WorldPipeline:
+        """Load `parts` of a preset from a folder or `hf://owner/name`; None is the folder shipped with the preset.
+
+        ValueError before any tensor is read when the folder is missing or holds another preset.
+        """
+        config = presets.get(preset)
+        folder = weights.resolve(config, weights_path)
+        config = weights.config_for(config, folder)
+        modules = {part: _build(part, config, folder) for part in parts}
+        for part, module in modules.items():
+            if not (part == "text" and config.text.kind == "gemma"):
+                weights.load_part(module, folder, part)
+            module.to(dtype)
+        return cls(config, modules, device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write every loaded part and the configuration."""
+        for part, module in self.modules.items():
+            weights.save_part(module, Path(folder), part, dtype)
+        weights.save_config(self.config, Path(folder))
+
+    def _part(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            raise ValueError(f"this pipeline was loaded without {name!r}: add it to `parts`")
+        return self.modules[name]
+
+    def prepare_image(self, image: ImageInput) -> np.ndarray:
+        """Resize and centre-crop to config.image_size: uint8 (H, W, 3). ValueError when it cannot be read as an image."""
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"an image array must be uint8 (H, W, 3), this one is {image.dtype} {image.shape}")
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            try:
+                with Image.open(image) as opened:
+                    image = ImageOps.exif_transpose(opened).convert("RGB")
+            except FileNotFoundError:
+                raise ValueError(f"there is no image at {image}") from None
+            except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{image} cannot be read as an image: {error}") from None
+        height, width = self.config.image_size
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+
+    @torch.no_grad()
+    def encode_image(self, image: ImageInput) -> Tensor:
+        """The first latent frame, (1, C, 1, h, w)."""
+        return self.encode_video(self.prepare_image(image)[None])
+
+    @torch.no_grad()
+    def encode_video(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Latents (1, C, T, h, w) of uint8 frames (F, H, W, 3), F = 8 k + 1."""
+        return encode_frames(self._part("vae"), torch.as_tensor(np.array(frames), device=self.device)[None])  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
+        """Features (B, L, D) and mask (B, L)."""
+        return self._part("text").encode(captions, negative)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        image_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures | None,
+        seeds: Sequence[int],
+        num_steps: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        num_latent_frames: int | None = None,
+        negative: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Stage 1: latents (B, C, T, h, w) that begin with `image_latents` (B, C, 1, h, w) and follow `camera`.
+
+        T comes from the camera, or from num_latent_frames when there is none. negative: features and mask of the negative
+        prompt, needed when the preset's guidance_scale is not 1. progress(step, steps) is called after each step.
+        """
+        if camera is None and num_latent_frames is None:
+            raise ValueError("give a camera, or num_latent_frames for a video without one")
+        frames = num_latent_frames if camera is None else camera.conditions.shape[1]
+        if frames > self.config.max_latent_frames:
+            raise ValueError(f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model")
+        model, sampler = self._part("dit"), self.config.sampler
+        camera = None if camera is None else camera.to(self.device)
+        if sampler.guidance_scale != 1 and negative is None:
+            raise ValueError(f"guidance_scale {sampler.guidance_scale} needs the features of a negative prompt")
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            conditional = model(x, timestep, text, text_mask, camera)
+            if sampler.guidance_scale == 1 or negative is None:
+                return conditional
+            unconditional = model(x, timestep, *negative, camera)
+            return unconditional + sampler.guidance_scale * (conditional - unconditional)
+
+        _, channels, _, height, width = image_latents.shape
+        start = clip_noise((channels, frames, height, width), seeds, self.device)
+        start[:, :, :1] = image_latents
+        return euler(velocity, start, schedule(num_steps or sampler.num_steps, sampler.shift), 1, progress)
+
+    @torch.no_grad()
+    def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Stage 2: refined latents of the same shape; the first latent frame is kept."""
+        refiner = self._part("refiner")
+        noise = clip_noise(latents.shape[1:], seeds, self.device)
+        return refiner.refine(latents, noise, text, text_mask)  # type: ignore[operator]
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """All frames of one clip (1, C, T, h, w): uint8 (F, H, W, 3)."""
+        return np.concatenate(list(self.decode_chunks(latents)))
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """The frames of one clip as they are decoded, uint8 (f, H, W, 3) each; memory does not grow with the length."""
+        for frames in decode_latents(self._part("vae"), latents):  # type: ignore[arg-type]
+            yield frames[0].cpu().numpy()
+
+
+def _build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn.Module:
+    """One part with random weights (Gemma always comes with its own)."""
+    if part == "text":
+        return build_text_encoder(config, None if folder is None else str(folder))
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
+    return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)

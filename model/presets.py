@@ -1,0 +1,49 @@
+"""The named configurations: `tiny`, shipped with its weights, and `sana-wm`, the public 2.66 B model."""
+
+from __future__ import annotations
+
+import difflib
+
+from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
+
+SANA_WM = WorldModelConfig()
+
+TINY = WorldModelConfig(
+    name="tiny",
+    depth=8,
+    hidden_size=192,
+    num_heads=6,
+    head_dim=32,
+    mlp_ratio=2.0,
+    text_dim=128,
+    image_size=(192, 320),
+    sampler=SamplerConfig(num_steps=20, shift=4.0, guidance_scale=1.0),
+    text=TextConfig(kind="bytes", length=96, dim=128, depth=2),
+    refiner=RefinerConfig(
+        num_layers=3, num_heads=3, head_dim=48, text_dim=128, lora_rank=0, sigmas=(0.4, 0.25, 0.12, 0.0)
+    ),
+    vae=dict(
+        block_out_channels=(64, 128, 128, 128),
+        layers_per_block=(0, 1, 0, 0, 1),
+        decoder_block_out_channels=(64, 64, 128),
+        decoder_layers_per_block=(2, 1, 1, 0),
+        upsample_factor=(1, 1, 2),
+        decoder_spatial_padding_mode="zeros",
+    ),
+)
+
+_PRESETS = {config.name: config for config in (TINY, SANA_WM)}
+
+
+def names() -> list[str]:
+    """Names of all presets."""
+    return list(_PRESETS)
+
+
+def get(name: str) -> WorldModelConfig:
+    """The configuration called `name`; ValueError with the nearest name when there is none."""
+    if name not in _PRESETS:
+        near = difflib.get_close_matches(name, _PRESETS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(_PRESETS)}{hint}")
+    return _PRESETS[name]

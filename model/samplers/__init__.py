@@ -1,0 +1,1 @@
+"""Samplers as pure functions of a velocity function and a schedule."""

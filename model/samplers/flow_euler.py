@@ -1,0 +1,60 @@
+"""Flow matching: the time shift, training times, and Euler integration (SANA-WM sections 3.1, 3.4 and 4.2).
+
+x_sigma = (1 - sigma) x0 + sigma noise; a model predicts the velocity v = noise - x0; sigma runs from 1 (noise) to 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """sigma' = s sigma / (1 + (s - 1) sigma)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def schedule(num_steps: int, shift: float) -> Tensor:
+    """`num_steps + 1` shifted sigmas from 1 down to 0, float32."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}: at least 1 step is needed")
+    return shift_sigma(torch.linspace(1, 0, num_steps + 1), shift)
+
+
+def sample_training_sigma(batch: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Logit-normal(0, 1) sigmas (batch,), shifted, on the generator's device."""
+    normal = torch.randn(batch, generator=generator, device=generator.device)
+    return shift_sigma(normal.sigmoid(), shift)
+
+
+def clip_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device | str) -> Tensor:
+    """Unit noise (len(seeds), *shape): one CPU generator a clip, so a clip's noise depends on nothing but its seed."""
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(noise).to(device)
+
+
+def euler(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigmas: Sequence[float] | Tensor,
+    frozen_frames: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Integrate dx = v dsigma from sigmas[0] to sigmas[-1].
+
+    velocity(x, timestep (B, T)) with timestep = 1000 sigma; the first `frozen_frames` latent frames have timestep 0 and never
+    change. x: (B, C, T, h, w), float32. progress(step, steps) is called after each step.
+    """
+    steps = len(sigmas) - 1
+    for step in range(steps):
+        sigma, following = float(sigmas[step]), float(sigmas[step + 1])
+        timestep = torch.full((x.shape[0], x.shape[2]), 1000 * sigma, device=x.device)
+        timestep[:, :frozen_frames] = 0
+        update = (following - sigma) * velocity(x, timestep).float()
+        update[:, :, :frozen_frames] = 0
+        x = x + update
+        if progress:
+            progress(step + 1, steps)
+    return x

@@ -1,0 +1,109 @@
+"""A weights folder: one sub-folder a part, in diffusers' layout, and the configuration that binds them.
+
+  config.json   preset name, sampler, options of the release
+  vae/  transformer/  text_encoder/  refiner/   config.json and safetensors, one file or sharded
+
+Loading is strict: a missing, extra or wrongly shaped tensor is a ValueError that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longtake.model import convert
+from longtake.model.checkpoint import load_safetensors, local_folder, save_safetensors
+from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
+
+FOLDERS = {"text": "text_encoder", "vae": "vae", "dit": "transformer", "refiner": "refiner"}
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+
+
+def resolve(config: WorldModelConfig, path: str | Path | None) -> Path:
+    """The local folder of `path` (a folder or hf://owner/name), or the one shipped with the preset."""
+    if path is None:
+        path = SHIPPED / config.name
+        if not path.is_dir():
+            raise ValueError(f"no weights are shipped for preset {config.name!r}: give a folder or hf://owner/name")
+    return local_folder(path)
+
+
+def config_for(config: WorldModelConfig, folder: Path) -> WorldModelConfig:
+    """`config` with what the folder's own configuration says; ValueError when the folder holds another preset."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return config
+    saved = json.loads(file.read_text())
+    if saved.get("name") != config.name:
+        raise ValueError(f"{folder} holds weights of preset {saved.get('name')!r}, not of {config.name!r}: change one of the two")
+    return config_from_dict(saved)
+
+
+def config_from_dict(saved: dict) -> WorldModelConfig:
+    """The inverse of `dataclasses.asdict` through JSON (lists become the tuples they were)."""
+
+    def freeze(value: object) -> object:
+        return tuple(freeze(item) for item in value) if isinstance(value, list) else value
+
+    values = {name: freeze(value) for name, value in saved.items()}
+    for name, kind in (("sampler", SamplerConfig), ("text", TextConfig), ("refiner", RefinerConfig)):
+        values[name] = kind(**{key: freeze(value) for key, value in saved[name].items()})
+    values["vae"] = {key: freeze(value) for key, value in saved["vae"].items()}
+    return WorldModelConfig(**values)  # type: ignore[arg-type]
+
+
+def save_config(config: WorldModelConfig, folder: Path) -> None:
+    """Write `folder/config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def save_part(module: nn.Module, folder: Path, part: str, dtype: torch.dtype) -> None:
+    """Write one part's tensors, floating-point ones as `dtype`, into its sub-folder."""
+    target = Path(folder) / FOLDERS[part]
+    target.mkdir(parents=True, exist_ok=True)
+    save_safetensors(_inner(module).state_dict(), target / "model.safetensors", dtype=dtype)
+
+
+def load_part(module: nn.Module, folder: Path, part: str) -> nn.Module:
+    """Load one part's tensors into `module`, strictly; returns it."""
+    source = Path(folder) / FOLDERS[part]
+    if not source.is_dir():
+        raise ValueError(f"{folder} has no {FOLDERS[part]}/: it holds no weights of that part")
+    tensors = load_safetensors(source)
+    inner = _inner(module)
+    if part == "refiner":
+        tensors = {name: tensor for name, tensor in tensors.items() if name in inner.state_dict() or not _is_audio(name)}
+    if part == "dit":
+        tensors = convert.to_ours(tensors, module.config)  # type: ignore[arg-type]
+    load_strict(inner, tensors, where=str(source))
+    return module
+
+
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy `tensors` into `module`; ValueError naming the first missing, extra or wrongly shaped tensor."""
+    expected = module.state_dict()
+    for name in expected:
+        if name not in tensors:
+            raise ValueError(f"{where}: tensor {name} is missing")
+        if tensors[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, this model needs {tuple(expected[name].shape)}"
+            )
+    for name in tensors:
+        if name not in expected:
+            raise ValueError(f"{where}: tensor {name} does not belong to this model")
+    module.load_state_dict(tensors)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """What a part's file holds: diffusers' own transformer for the refiner, the module itself otherwise."""
+    return getattr(module, "transformer", module)
+
+
+def _is_audio(name: str) -> bool:
+    return "audio" in name or "a2v" in name or "v2a" in name or name.startswith("av_cross")

@@ -1,0 +1,136 @@
+"""Encoded clips: the latents of a video with the poses and caption that it came with, as Parquet shards.
+
+One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian:
+  key string; latents float16, its shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32
+  (F, 4), pixels; caption string; fps float; split string; licence string.  F raw frames give T = (F - 1) / 8 + 1.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("latents", pa.binary()),
+        ("shape", pa.list_(pa.int32())),
+        ("c2w", pa.binary()),
+        ("intrinsics", pa.binary()),
+        ("caption", pa.string()),
+        ("fps", pa.float32()),
+        ("split", pa.string()),
+        ("licence", pa.string()),
+    ]
+)
+_ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep random access cheap
+
+
+@dataclass
+class EncodedClip:
+    """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels of the video."""
+
+    key: str
+    latents: np.ndarray
+    c2w: np.ndarray
+    intrinsics: np.ndarray
+    caption: str = ""
+    fps: float = 16.0
+    split: str = "train"
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        frames = len(self.c2w)
+        if self.latents.ndim != 4:
+            raise ValueError(f"{self.key}: latents must be (C, T, h, w), got {self.latents.shape}")
+        if self.c2w.shape != (frames, 4, 4) or self.intrinsics.shape != (frames, 4):
+            raise ValueError(
+                f"{self.key}: c2w must be (F, 4, 4) and intrinsics (F, 4), got {self.c2w.shape} and {self.intrinsics.shape}"
+            )
+
+    def row(self) -> dict[str, Any]:
+        """The stored form."""
+        return {
+            "key": self.key,
+            "latents": np.ascontiguousarray(self.latents, np.float16).tobytes(),
+            "shape": list(self.latents.shape),
+            "c2w": np.ascontiguousarray(self.c2w, np.float32).tobytes(),
+            "intrinsics": np.ascontiguousarray(self.intrinsics, np.float32).tobytes(),
+            "caption": self.caption,
+            "fps": self.fps,
+            "split": self.split,
+            "licence": self.licence,
+        }
+
+
+def decode_row(row: dict[str, Any]) -> EncodedClip:
+    """The inverse of `EncodedClip.row`; the arrays are read-only views of the row's bytes."""
+    return EncodedClip(
+        key=row["key"],
+        latents=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
+        c2w=np.frombuffer(row["c2w"], np.float32).reshape(-1, 4, 4),
+        intrinsics=np.frombuffer(row["intrinsics"], np.float32).reshape(-1, 4),
+        caption=row["caption"],
+        fps=row["fps"],
+        split=row["split"],
+        licence=row["licence"],
+    )
+
+
+class LatentStore:
+    """A folder (local, or any that fsspec knows: s3://bucket/prefix) of latent shards."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = str(uri).rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.uri)
+
+    def write_shard(self, name: str, clips: Iterable[EncodedClip]) -> None:
+        """Write one shard; readers see it only when it is whole. ValueError when there are no clips."""
+        table = pa.Table.from_pylist([clip.row() for clip in clips], schema=_SCHEMA)
+        if not table.num_rows:
+            raise ValueError(f"shard {name!r} would be empty")
+        rows = max(1, _ROW_GROUP_BYTES * table.num_rows // max(1, table.nbytes))
+        self._fs.makedirs(self._root, exist_ok=True)
+        final = posixpath.join(self._root, f"{name}.parquet")
+        partial = posixpath.join(self._root, f".{name}.{uuid.uuid4().hex}.partial")
+        with self._fs.open(partial, "wb") as sink:
+            pq.write_table(table, sink, row_group_size=rows, compression="none")
+        self._fs.mv(partial, final)
+
+    def shards(self) -> list[str]:
+        """Names of the shards, sorted; none for a folder that does not exist."""
+        self._fs.invalidate_cache()
+        paths = self._fs.glob(posixpath.join(self._root, "*.parquet"))
+        return sorted(posixpath.basename(path).removesuffix(".parquet") for path in paths)
+
+    def paths(self) -> list[str]:
+        """The shards' paths or URLs. ValueError when there are none."""
+        if names := self.shards():
+            return [posixpath.join(self.uri, f"{name}.parquet") for name in names]
+        raise ValueError(f"{self.uri} holds no latents: encode clips into it with jobs/encode_latents.py")
+
+    def clips(self, split: str | None = None) -> Iterator[EncodedClip]:
+        """All clips of the split, in the order of the shards' names."""
+        for path in self.paths():
+            with fsspec.open(path, "rb") as source:
+                for batch in pq.ParquetFile(source).iter_batches(batch_size=16):
+                    for row in batch.to_pylist():
+                        if split in (None, row["split"]):
+                            yield decode_row(row)
+
+    def dataset(self, columns: Sequence[str] | None = None):  # noqa: ANN201  (ray.data is imported when it is needed)
+        """The stored rows as a ray.data.Dataset; `decode_row` turns a row into an EncodedClip."""
+        import ray.data
+
+        return ray.data.read_parquet(self.paths(), columns=list(columns) if columns else None)
+
+    def __len__(self) -> int:
+        return sum(pq.read_metadata(self._fs.open(path)).num_rows for path in self.paths())

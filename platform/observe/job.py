@@ -1,0 +1,89 @@
+"""The outermost frame of every job: a user's mistake ends in one line on stderr, a bug in its traceback."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+_DENIED = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+
+# Ray Data's UserCodeException loses its __cause__ between processes; the worker's traceback still ends with it.
+_DATA_CAUSE = re.compile(
+    r"^(?P<name>\w+): (?P<message>.+?)\n\nThe above exception was the direct cause.+UserCodeException",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def debugging() -> bool:
+    """Whether LONGTAKE_DEBUG asks for tracebacks and for Ray's own logs."""
+    return os.environ.get("LONGTAKE_DEBUG", "") not in ("", "0")
+
+
+def run_job(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Call `main(argv)`; end the process with status 2 after a user's mistake, with 130 after Ctrl-C.
+
+    A user's mistake is a ValueError, an OSError or an object store's refusal, also when it was raised in a Ray worker.
+    Any other exception passes through unchanged, as does every one when LONGTAKE_DEBUG=1.
+    """
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        line = user_message(error)
+        if line is None or debugging():
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_message(error: BaseException) -> str | None:
+    """One line that tells a user what to change, or None when `error` is not a user's mistake."""
+    for cause in _causes(error):
+        if line := _describe(cause):
+            return " ".join(line.split())
+    lost = _DATA_CAUSE.search(str(error))
+    if lost and issubclass(getattr(builtins, lost["name"], object), (ValueError, OSError)):
+        return " ".join(lost["message"].split())
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Innermost first: Ray wraps what a worker raised, in tasks, in Data pipelines and in Train alike.
+
+    The wrappers are told by their attributes, so that a job without Ray need not import it.
+    """
+    inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
+    inner += getattr(error, "worker_failures", {}).values()
+    for cause in inner:
+        if isinstance(cause, BaseException) and cause is not error:
+            yield from _causes(cause)
+    # A RayTaskError also inherits from the class of its cause, but its text is the worker's traceback.
+    if getattr(error, "cause", None) is None:
+        yield error
+
+
+def _describe(error: BaseException) -> str | None:
+    if type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
+        return _describe_store(error)
+    if isinstance(error, OSError):
+        if error.filename is not None and error.strerror:
+            return f"{error.filename}: {error.strerror}"
+        text = str(error) or type(error).__name__
+        refused = isinstance(error, PermissionError) or "ACCESS_DENIED" in text or "403" in text
+        return f"{text} ({_CREDENTIALS})" if refused and "AWS_" not in text else text
+    if isinstance(error, ValueError):
+        return str(error) or "ValueError"
+    return None
+
+
+def _describe_store(error: BaseException) -> str:
+    """botocore's ClientError carries a `response`; its other errors (no credentials, no connection) only a text."""
+    details = getattr(error, "response", {}).get("Error", {})
+    denied = details.get("Code") in _DENIED or "Credentials" in type(error).__name__
+    return f"object store: {error} ({_CREDENTIALS})" if denied else f"object store: {error}"

@@ -1,0 +1,275 @@
+"""The training stages as a table of values, per preset; every run is one frozen `Stage`.
+
+Values of `sana-wm` are the published ones (SANA-WM paper, Table 7, and the released stage-1 configuration); a comment says
+where none was published. Learning rates of `tiny` are peaks of a cosine.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Objective = Literal["vae", "flow", "refiner"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    frames: raw frames of the clips (or of the clips that the latents encode). window: raw frames a sample of the VAE stage.
+    batch_size: clips (windows) a step over all workers; micro_batch_size: clips a forward pass of one worker, None for as
+    many as the batch gives each worker. steps: the most steps; a time limit may end the run before. warmup: steps.
+    ema: decay of the weights' moving average, 0 for none. options: keyword arguments of the objective.
+    init_from: stages whose weights this one starts from, empty for random weights.
+    zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
+    compiled: sub-modules given to torch.compile on a GPU in mode `compile`; an empty mode compiles nothing.
+    windows_per_clip: samples drawn from a clip each time it is read.
+    cache: where latents stay once they were read, so that later steps need no host work: "device", "host" or None.
+    log_every, checkpoint_steps: steps; checkpoint_minutes: minutes; a zero interval is off.
+    """
+
+    name: str
+    objective: Objective
+    frames: int
+    batch_size: int
+    learning_rate: float
+    steps: int
+    window: int = 17
+    micro_batch_size: int | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    ema: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    init_from: tuple[str, ...] = ()
+    zero_stage: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: str = ""
+    compiled: tuple[str, ...] = ()
+    windows_per_clip: int = 1
+    cache: Literal["device", "host"] | None = None
+    log_every: int = 50
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("vae", "flow", "refiner"):
+            raise ValueError(f"objective {self.objective!r} must be one of vae, flow, refiner")
+        if self.batch_size < 1 or self.steps < 1 or self.log_every < 1:
+            raise ValueError(f"{self.name}: batch_size, steps and log_every must be at least 1")
+        if self.window > self.frames:
+            raise ValueError(f"{self.name}: window {self.window} must not exceed the clips' {self.frames} frames")
+        if self.batch_size % self.windows_per_clip:
+            raise ValueError(f"{self.name}: batch_size {self.batch_size} must be a multiple of windows_per_clip")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage {self.zero_stage} must be 0, 1, 2 or 3")
+        if self.zero_stage == 3 and self.ema:
+            raise ValueError("ZeRO 3 keeps no whole weights to average: set ema=0, or zero_stage to 2 or less")
+
+    def micro_batches(self, workers: int) -> tuple[int, int]:
+        """Clips a forward pass of one worker, and forward passes a step. ValueError when they do not divide the batch."""
+        share, rest = divmod(self.batch_size, workers)
+        micro = min(self.micro_batch_size or share, share)
+        if rest or not share or share % micro:
+            raise ValueError(
+                f"{self.name}: batch_size {self.batch_size} must be a multiple of workers x micro_batch_size "
+                f"= {workers} x {micro}: change one of the three"
+            )
+        return micro, share // micro
+
+
+_FLOW = dict(image_condition=0.9, caption_dropout=0.1)
+
+_TABLE: dict[str, tuple[Stage, ...]] = {
+    "tiny": (
+        Stage(
+            name="stage0_vae",
+            objective="vae",
+            frames=81,
+            window=17,
+            batch_size=16,
+            learning_rate=5e-4,
+            steps=20_000,
+            warmup=200,
+            grad_clip=1.0,
+            ema=0.999,
+            compile="default",
+            compiled=("vae.encoder", "vae.decoder"),
+        ),
+        Stage(
+            name="stage1_gdn",
+            objective="flow",
+            frames=81,
+            batch_size=64,
+            learning_rate=1e-3,
+            steps=20_000,
+            warmup=200,
+            weight_decay=0.01,
+            ema=0.999,
+            options=dict(_FLOW),
+            compile="default",
+            compiled=("world_model",),
+            cache="device",
+        ),
+        Stage(
+            name="stage3_minute",
+            objective="flow",
+            frames=961,
+            batch_size=4,
+            learning_rate=3e-4,
+            steps=4_000,
+            warmup=50,
+            weight_decay=0.01,
+            ema=0.995,
+            options=dict(_FLOW),
+            init_from=("stage1_gdn",),
+            compile="default",
+            compiled=("world_model",),
+            cache="device",
+        ),
+        Stage(
+            name="stage5_refiner",
+            objective="refiner",
+            frames=81,
+            batch_size=32,
+            learning_rate=1e-3,
+            steps=10_000,
+            warmup=100,
+            weight_decay=0.01,
+            ema=0.999,
+            init_from=("stage1_gdn", "stage3_minute"),
+            compile="default",
+            compiled=("refiner",),
+            cache="device",
+        ),
+    ),
+    "sana-wm": (
+        Stage(
+            # The autoencoder is LTX-2's, used as released; these values are ours, for adapting it.
+            name="stage0_vae",
+            objective="vae",
+            frames=81,
+            window=17,
+            batch_size=64,
+            micro_batch_size=1,
+            learning_rate=5e-5,
+            schedule="constant",
+            steps=50_000,
+            warmup=500,
+            grad_clip=0.5,
+            zero_stage=2,
+            windows_per_clip=4,
+        ),
+        Stage(
+            name="stage1_gdn",
+            objective="flow",
+            frames=81,
+            batch_size=64,
+            micro_batch_size=1,
+            learning_rate=5e-5,
+            schedule="constant",
+            steps=30_000,
+            eps=1e-10,
+            grad_clip=0.5,
+            options=dict(_FLOW, shift=9.95),
+            seed=3407,
+            zero_stage=3,
+        ),
+        Stage(
+            name="stage3_minute",
+            objective="flow",
+            frames=961,
+            batch_size=32,
+            micro_batch_size=1,
+            learning_rate=1e-5,
+            schedule="constant",
+            steps=31_000,
+            eps=1e-10,
+            grad_clip=0.5,
+            options=dict(_FLOW, shift=9.95),
+            seed=3407,
+            init_from=("stage1_gdn",),
+            zero_stage=3,
+        ),
+        Stage(
+            # Published: the objective and the rank-384 LoRA. Batch, learning rate and steps are ours.
+            name="stage5_refiner",
+            objective="refiner",
+            frames=961,
+            batch_size=32,
+            micro_batch_size=1,
+            learning_rate=1e-4,
+            schedule="constant",
+            steps=10_000,
+            grad_clip=0.5,
+            seed=3407,
+            init_from=("stage1_gdn", "stage3_minute"),
+            zero_stage=3,
+        ),
+    ),
+}
+
+
+def names(preset: str) -> list[str]:
+    """The preset's stages in training order."""
+    return [stage.name for stage in _TABLE.get(preset, ())]
+
+
+def get(name: str, preset: str) -> Stage:
+    """The preset's stage called `name`; ValueError when the table has none."""
+    for stage in _TABLE.get(preset, ()):
+        if stage.name == name:
+            return stage
+    raise ValueError(f"preset {preset!r} has no stage {name!r}: choose one of {', '.join(names(preset)) or 'none'}")
+
+
+def override(stage: Stage, assignments: Sequence[str]) -> Stage:
+    """`stage` with "field=value" assignments applied; "options.NAME=value" sets one argument of the objective.
+
+    Values are Python literals, bare words are strings. ValueError for an unknown field or a value of another type.
+    """
+    values: dict[str, Any] = {}
+    options = dict(stage.options)
+    types = {item.name: type(getattr(stage, item.name)) for item in dataclasses.fields(stage)}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"{assignment!r} must be field=value")
+        value = _literal(text)
+        if name.startswith("options."):
+            options[name.removeprefix("options.")] = value
+            continue
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"a stage has no field {name!r}{hint}")
+        values[name] = _as_type(name, value, types[name])
+    return dataclasses.replace(stage, **values, options=options)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _as_type(name: str, value: Any, kind: type) -> Any:
+    """`value` as the field's type. A field that is None now takes what it is given."""
+    if kind is type(None) or value is None:
+        return value
+    if kind is float and isinstance(value, int):
+        return float(value)
+    if kind is tuple:
+        return tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise ValueError(f"{name}={value!r} must be of type {kind.__name__}")
+    return value

@@ -1,0 +1,106 @@
+import dataclasses
+
+import pytest
+import torch
+
+from longtake.model.objectives import FlowObjective, RefinerObjective, VAEObjective, build_objective
+from longtake.model.text import tokenize
+from longtake.model.vae import encode_frames
+
+pytestmark = pytest.mark.cpu
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def batch(config):
+    torch.manual_seed(0)
+    ids, mask = tokenize(["a hall", "outdoors"], config.text.length)
+    return {
+        "latents": torch.randn(2, config.latent_channels, 3, 2, 3),
+        "c2w": torch.eye(4).expand(2, 17, 4, 4).clone(),
+        "intrinsics": torch.tensor([60.0, 60.0, 48.0, 32.0]).expand(2, 17, 4).clone(),
+        "tokens": ids,
+        "tokens_mask": mask,
+    }
+
+
+@pytest.mark.parametrize("kind", ["flow", "refiner"])
+def test_the_loss_is_finite_and_repeats_with_the_generator(kind, config, batch):
+    torch.manual_seed(0)
+    objective = build_objective(kind, config)
+    loss, metrics = objective(batch, generator())
+    again, _ = objective(batch, generator())
+    other, _ = objective(batch, generator(1))
+    assert torch.isfinite(loss) and loss == again and loss != other
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_the_autoencoder_learns_one_window(config):
+    torch.manual_seed(0)
+    objective = VAEObjective(config)
+    frames = torch.rand(1, 1, 4, 6, 3).repeat_interleave(16, 2).repeat_interleave(16, 3).repeat(1, 9, 1, 1, 1)
+    batch = {"frames": (frames * 255).to(torch.uint8)}
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
+    losses = []
+    for step in range(12):
+        loss, _ = objective(batch, generator(step))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_exported_latents_have_unit_scale(config, tmp_path):
+    torch.manual_seed(0)
+    objective = VAEObjective(config)
+    frames = torch.randint(0, 256, (4, 9, 64, 96, 3), dtype=torch.uint8)
+    objective({"frames": frames}, generator())
+    objective.export(tmp_path, torch.float32)
+    reloaded = build_objective("vae", config, init=tmp_path)
+    latents = encode_frames(reloaded.vae, frames)
+    assert abs(latents.mean()) < 0.1 and 0.8 < latents.std() < 1.2
+
+
+def test_the_image_frame_has_no_loss_when_it_is_the_condition(config, batch):
+    torch.manual_seed(0)
+    objective = FlowObjective(config, image_condition=1.0, caption_dropout=0.0)
+    seen = {}
+
+    def spy(x, timestep, *rest):
+        seen["timestep"], seen["x"] = timestep, x
+        return torch.zeros_like(x)
+
+    objective.world_model.forward = spy
+    objective(batch, generator())
+    assert (seen["timestep"][:, 0] == 0).all() and (seen["timestep"][:, 1:] > 0).all()
+    assert torch.equal(seen["x"][:, :, 0], batch["latents"][:, :, 0])
+
+
+def test_every_weight_of_stage_one_gets_a_gradient(config, batch):
+    torch.manual_seed(0)
+    objective = FlowObjective(config, caption_dropout=0.5)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)  # zero-initialised outputs would hide what is behind them
+    total = sum(objective(batch, generator(seed))[0] for seed in range(6))
+    total.backward()
+    unused = ("recall_gate", "raymap_embedder")  # kept for the checkpoint only
+    without = [
+        name
+        for name, parameter in objective.named_parameters()
+        if (parameter.grad is None or not parameter.grad.any()) and not any(part in name for part in unused)
+    ]
+    softmax_gates = [f"blocks.{i}.attn." for i in range(config.depth) if (i + 1) % config.softmax_every == 0]
+    assert not [name for name in without if not any(prefix in name for prefix in softmax_gates)]
+
+
+def test_a_step_of_refiner_training_leaves_stage_one_alone(config, batch):
+    torch.manual_seed(0)
+    objective = RefinerObjective(dataclasses.replace(config))
+    objective(batch, generator())[0].backward()
+    assert all(parameter.grad is None for parameter in objective.stage1.parameters())
+    assert any(parameter.grad is not None for parameter in objective.refiner.parameters())
