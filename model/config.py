@@ -1,4 +1,5 @@
-"""What a model is, as values: one frozen dataclass binds the network, its autoencoder, text encoder, sampler and refiner.
+"""What a model is, as values: one frozen dataclass binds the network, its autoencoder, text encoder, sampler and
+refiner.
 
 A preset (presets.py) is one value of `WorldModelConfig`. Nothing in Longtake asks for a preset's name; everything reads
 these fields.
@@ -16,7 +17,8 @@ SoftmaxScale = Literal["head_dim", "padded"] | float
 class SamplerConfig:
     """Flow-matching Euler sampler, bound to the weights it was trained for (SANA-WM section 3).
 
-    shift: time shift s of sigma' = s sigma / (1 + (s - 1) sigma). guidance_scale 1 means one pass without the negative prompt.
+    shift: time shift s of sigma' = s sigma / (1 + (s - 1) sigma). guidance_scale 1 means one pass without the negative
+    prompt.
     """
 
     num_steps: int = 60
@@ -56,13 +58,14 @@ class RefinerConfig:
 class WorldModelConfig:
     """One world model. Sizes default to the public 2.66 B release.
 
-    vae: keyword arguments of diffusers' `AutoencoderKLLTX2Video`. vae_stride: (frames, rows, columns) of pixels a latent.
-    image_size: (height, width) in pixels that the weights were trained at.
+    vae: keyword arguments of diffusers' `AutoencoderKLLTX2Video`. vae_stride: (frames, rows, columns) of pixels a
+    latent. image_size: (height, width) in pixels that the weights were trained at.
 
-    Fields for the differences between the public releases:
-      ucpe_downscale: scale camera-branch queries, keys and values back to their RMS before UCPE (first release).
-      softmax_scale_main, softmax_scale_camera: "head_dim" is 1/sqrt(head_dim); "padded" is 1/sqrt(the head dim padded to 128
-        or 256 unless it is 32, 64, 128 or 256), as releases that pad for flash attention compute it; a number is the scale.
+    Fields for the differences between the public releases: ucpe_downscale: scale camera-branch queries, keys and values
+      back to their RMS before UCPE (first release). softmax_scale_main, softmax_scale_camera: "head_dim" is
+      1/sqrt(head_dim); "padded" is 1/sqrt(the head dim padded to 128
+        or 256 unless it is 32, 64, 128 or 256), as releases that pad for flash attention compute it; a number is the
+        scale.
       softmax_dtype: what queries, keys and values of softmax blocks are rounded to; all releases round to bfloat16.
       key_map: which keys the action language means (camera/actions.py).
     """
@@ -101,7 +104,9 @@ class WorldModelConfig:
                 f"{self.num_heads * self.head_dim}: change one of the three"
             )
         if self.head_dim % 8:
-            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 8: UCPE acts on groups of 4 in half a head")
+            raise ValueError(
+                f"head_dim {self.head_dim} must be a multiple of 8: UCPE acts on groups of 4 in half a head"
+            )
         if self.plucker_channels != 6 * self.vae_stride[0]:
             raise ValueError(
                 f"plucker_channels {self.plucker_channels} must be 6 x the VAE's temporal stride {self.vae_stride[0]}"

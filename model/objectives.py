@@ -1,8 +1,8 @@
 """What each training stage minimises: modules that turn a batch into a loss, and write the weights they trained.
 
-objective(batch, generator) -> (loss, metrics); every random number comes from `generator`, which lives on the batch's device.
-Latents (B, C, T, h, w) are normalised; poses are raw-frame c2w (B, F, 4, 4) and intrinsics (B, F, 4) in pixels of
-config.image_size.
+objective(batch, generator) -> (loss, metrics); every random number comes from `generator`, which lives on the batch's
+device. Latents (B, C, T, h, w) are normalised; poses are raw-frame c2w (B, F, 4, 4) and intrinsics (B, F, 4) in pixels
+of config.image_size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.model import weights
@@ -32,7 +31,9 @@ class VAEObjective(nn.Module):
     batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1.
     """
 
-    def __init__(self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.5, kl_weight: float = 2e-3):
+    def __init__(
+        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.5, kl_weight: float = 2e-3
+    ):
         super().__init__()
         self.vae = build_vae(config)
         self.squared_weight, self.edge_weight, self.kl_weight = squared_weight, edge_weight, kl_weight
@@ -79,9 +80,9 @@ class VAEObjective(nn.Module):
 class FlowObjective(nn.Module):
     """Flow matching of the stage-1 network (section 4.2), its text encoder trained along when it is a small one.
 
-    A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean image at
-    timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the camera out of a batch.
-    batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
+    A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
+    image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the
+    camera out of a batch. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
     """
 
     def __init__(
@@ -96,7 +97,11 @@ class FlowObjective(nn.Module):
         self.config = config
         self.world_model = WorldModel(config)
         self.text = build_text_encoder(config)
-        self.image_condition, self.caption_dropout, self.camera_dropout = image_condition, caption_dropout, camera_dropout
+        self.image_condition, self.caption_dropout, self.camera_dropout = (
+            image_condition,
+            caption_dropout,
+            camera_dropout,
+        )
         self.shift = config.sampler.shift if shift is None else shift
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
@@ -146,7 +151,9 @@ class FlowObjective(nn.Module):
         latents = batch["latents"].float()
         start = torch.randn(latents.shape, generator=generator, device=latents.device)
         start[:, :, :1] = latents[:, :, :1]
-        return self.denoise(batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift))
+        return self.denoise(
+            batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift)
+        )
 
     def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor) -> Tensor:
         text, mask = self.encode_text(batch)
@@ -165,8 +172,9 @@ class FlowObjective(nn.Module):
 class RefinerObjective(nn.Module):
     """Truncated-sigma flow matching (section 4.4) from stage-1 latents x_l to true latents x_h.
 
-    x_1 = (1 - s) x_l + s noise; x_a = (1 - a) x_h + a x_1; the velocity is (x_1 - x_h) / s at timestep 1000 a s; s is the
-    schedule's first sigma. x_l is what the frozen stage 1 makes of x_h noised to a random sigma. Batches as for `FlowObjective`.
+    x_1 = (1 - s) x_l + s noise; x_a = (1 - a) x_h + a x_1; the velocity is (x_1 - x_h) / s at timestep 1000 a s; s is
+    the schedule's first sigma. x_l is what the frozen stage 1 makes of x_h noised to a random sigma. Batches as for
+    `FlowObjective`.
     """
 
     def __init__(self, config: WorldModelConfig, stage1_steps: int = 4):
@@ -222,7 +230,9 @@ Objective = VAEObjective | FlowObjective | RefinerObjective
 _OBJECTIVES = {"vae": VAEObjective, "flow": FlowObjective, "refiner": RefinerObjective}
 
 
-def build_objective(kind: str, config: WorldModelConfig, options: dict | None = None, init: Path | None = None) -> Objective:
+def build_objective(
+    kind: str, config: WorldModelConfig, options: dict | None = None, init: Path | None = None
+) -> Objective:
     """The objective called `kind` ("vae", "flow" or "refiner") on the CPU, from the weights in `init` when given."""
     objective = _OBJECTIVES[kind](config, **(options or {}))
     if init is not None:

@@ -1,7 +1,8 @@
-"""From an image, a caption and a trajectory to video: the parts of a world model, loaded together and called one by one.
+"""From an image, a caption and a trajectory to video: the parts of a world model, loaded together and called one by
+one.
 
-Each method is one step, so that a server or a batch job can run the steps on different machines: encode, rollout (stage 1),
-refine (stage 2), decode.
+Each method is one step, so that a server or a batch job can run the steps on different machines: encode, rollout (stage
+1), refine (stage 2), decode.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ ImageInput = Image.Image | str | Path | np.ndarray
 class WorldPipeline:
     """A loaded world model. Parts that were not asked for are None; a step that needs one raises ValueError.
 
-    Latents are normalised, float32, (B, C, T, h, w) with T = (frames - 1) / vae_stride[0] + 1. Seeds: one a clip; a clip's
-    result depends on its own seed alone, not on its neighbours in the batch.
+    Latents are normalised, float32, (B, C, T, h, w) with T = (frames - 1) / vae_stride[0] + 1. Seeds: one a clip; a
+    clip's result depends on its own seed alone, not on its neighbours in the batch.
     """
 
     def __init__(self, config: WorldModelConfig, modules: dict[str, nn.Module], device: str | torch.device = "cpu"):
@@ -83,7 +84,9 @@ class WorldPipeline:
         return self.modules[name]
 
     def prepare_image(self, image: ImageInput) -> np.ndarray:
-        """Resize and centre-crop to config.image_size: uint8 (H, W, 3). ValueError when it cannot be read as an image."""
+        """Resize and centre-crop to config.image_size: uint8 (H, W, 3). ValueError when it cannot be read as an
+        image.
+        """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"an image array must be uint8 (H, W, 3), this one is {image.dtype} {image.shape}")
@@ -129,14 +132,17 @@ class WorldPipeline:
     ) -> Tensor:
         """Stage 1: latents (B, C, T, h, w) that begin with `image_latents` (B, C, 1, h, w) and follow `camera`.
 
-        T comes from the camera, or from num_latent_frames when there is none. negative: features and mask of the negative
-        prompt, needed when the preset's guidance_scale is not 1. progress(step, steps) is called after each step.
+        T comes from the camera, or from num_latent_frames when there is none. negative: features and mask of the
+        negative prompt, needed when the preset's guidance_scale is not 1. progress(step, steps) is called after each
+        step.
         """
         if camera is None and num_latent_frames is None:
             raise ValueError("give a camera, or num_latent_frames for a video without one")
         frames = num_latent_frames if camera is None else camera.conditions.shape[1]
         if frames > self.config.max_latent_frames:
-            raise ValueError(f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model")
+            raise ValueError(
+                f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"
+            )
         model, sampler = self._part("dit"), self.config.sampler
         camera = None if camera is None else camera.to(self.device)
         if sampler.guidance_scale != 1 and negative is None:

@@ -1,4 +1,6 @@
-"""Text encoders: Gemma-2 for the public model, and a small byte-level transformer that is trained with a small world model."""
+"""Text encoders: Gemma-2 for the public model, and a small byte-level transformer that is trained with a small world
+model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ PADDING = 0
 
 
 def tokenize(captions: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """UTF-8 bytes plus one, right-padded with 0: ids int64 (B, length) and mask bool (B, length). Longer captions are cut.
+    """UTF-8 bytes plus one, right-padded with 0: ids int64 (B, length) and mask bool (B, length). Longer captions are
+    cut.
 
     An empty caption keeps one valid token (a space), since attention over no key at all is undefined.
     """
@@ -50,8 +53,8 @@ class ByteTextEncoder(nn.Module):
 class GemmaTextEncoder(nn.Module):
     """Gemma-2's last hidden state as SANA-WM reads it (section 1.4): the first token and the last `length - 1`.
 
-    Positive prompts are prefixed with an instruction, negative ones are not. Weights: `<folder>/text_encoder`, tokenizer:
-    `<folder>/tokenizer` (transformers layout).
+    Positive prompts are prefixed with an instruction, negative ones are not. Weights: `<folder>/text_encoder`,
+    tokenizer: `<folder>/tokenizer` (transformers layout).
     """
 
     def __init__(self, config: TextConfig, folder: str, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -87,5 +90,7 @@ def build_text_encoder(config: WorldModelConfig, folder: str | None = None) -> B
     if config.text.kind == "bytes":
         return ByteTextEncoder(config.text)
     if folder is None:
-        raise ValueError(f"preset {config.name!r} encodes text with Gemma: give a weights folder with text_encoder/ and tokenizer/")
+        raise ValueError(
+            f"preset {config.name!r} encodes text with Gemma: give a weights folder with text_encoder/ and tokenizer/"
+        )
     return GemmaTextEncoder(config.text, folder)

@@ -1,7 +1,7 @@
 """The video autoencoder: diffusers' LTX-2 VAE, its normalised latents, and exact decoding in constant memory.
 
-Latents are the posterior mode, normalised per channel: (z - mean) * scaling / std (SANA-WM section 1.10). Pixels are uint8
-(B, F, H, W, 3); F = 8 k + 1 frames give k + 1 latent frames, the first of which holds one frame alone.
+Latents are the posterior mode, normalised per channel: (z - mean) * scaling / std (SANA-WM section 1.10). Pixels are
+uint8 (B, F, H, W, 3); F = 8 k + 1 frames give k + 1 latent frames, the first of which holds one frame alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build_vae(config: WorldModelConfig) -> AutoencoderKLLTX2Video:
         spatial_compression_ratio=rows,
         **config.vae,
     )
-    # torch's default initialisation shrinks the signal of a deep stack without affine norms; scale to unit gain instead.
+    # torch's default initialisation shrinks the signal of a deep stack without affine norms: scale to unit gain.
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -62,7 +62,9 @@ def encode_frames(vae: AutoencoderKLLTX2Video, frames: Tensor) -> Tensor:
     """Normalised latents (B, C, T, h, w), float32, of uint8 frames (B, F, H, W, 3). ValueError unless F = 8 k + 1."""
     stride = vae.temporal_compression_ratio
     if (frames.shape[1] - 1) % stride:
-        raise ValueError(f"{frames.shape[1]} frames cannot be encoded: give {stride} k + 1 frames (1, {stride + 1}, ...)")
+        raise ValueError(
+            f"{frames.shape[1]} frames cannot be encoded: give {stride} k + 1 frames (1, {stride + 1}, ...)"
+        )
     return normalise(vae, vae.encode(to_pixels(frames).to(vae.dtype)).latent_dist.mode())
 
 
@@ -70,8 +72,8 @@ def encode_frames(vae: AutoencoderKLLTX2Video, frames: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKLLTX2Video, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
     """Decode normalised latents (B, C, T, h, w) chunk by chunk; yields uint8 (B, f, H, W, 3), 8 T - 7 frames in all.
 
-    A causal decoder keeps the last input frames of each convolution, so chunks equal decoding at once; memory does not grow
-    with T. A decoder that is not causal is run on the whole clip.
+    A causal decoder keeps the last input frames of each convolution, so chunks equal decoding at once; memory does not
+    grow with T. A decoder that is not causal is run on the whole clip.
     """
     raw = denormalise(vae, latents).to(vae.dtype)
     if not vae.config.decoder_causal:
@@ -108,7 +110,9 @@ class _StreamingDecoder:
 
 
 def _streaming_conv(self: LTX2VideoCausalConv3d, hidden: Tensor, causal: bool = True) -> Tensor:
-    """The convolution with the last kernel-1 frames of the previous call on the left (at first: its first frame repeated)."""
+    """The convolution with the last kernel-1 frames of the previous call on the left (at first: its first frame
+    repeated).
+    """
     past = self.kernel_size[0] - 1
     if self._tail is None:
         self._tail = hidden[:, :, :1].expand(-1, -1, past, -1, -1)

@@ -39,7 +39,9 @@ def config_for(config: WorldModelConfig, folder: Path) -> WorldModelConfig:
         return config
     saved = json.loads(file.read_text())
     if saved.get("name") != config.name:
-        raise ValueError(f"{folder} holds weights of preset {saved.get('name')!r}, not of {config.name!r}: change one of the two")
+        raise ValueError(
+            f"{folder} holds weights of preset {saved.get('name')!r}, not of {config.name!r}: change one of the two"
+        )
     return config_from_dict(saved)
 
 
@@ -77,7 +79,9 @@ def load_part(module: nn.Module, folder: Path, part: str) -> nn.Module:
     tensors = load_safetensors(source)
     inner = _inner(module)
     if part == "refiner":
-        tensors = {name: tensor for name, tensor in tensors.items() if name in inner.state_dict() or not _is_audio(name)}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if name in inner.state_dict() or not _is_audio(name)
+        }
     if part == "dit":
         tensors = convert.to_ours(tensors, module.config)  # type: ignore[arg-type]
     load_strict(inner, tensors, where=str(source))
@@ -92,7 +96,8 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> No
             raise ValueError(f"{where}: tensor {name} is missing")
         if tensors[name].shape != expected[name].shape:
             raise ValueError(
-                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, this model needs {tuple(expected[name].shape)}"
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, "
+                f"this model needs {tuple(expected[name].shape)}"
             )
     for name in tensors:
         if name not in expected:

@@ -44,8 +44,8 @@ def euler(
 ) -> Tensor:
     """Integrate dx = v dsigma from sigmas[0] to sigmas[-1].
 
-    velocity(x, timestep (B, T)) with timestep = 1000 sigma; the first `frozen_frames` latent frames have timestep 0 and never
-    change. x: (B, C, T, h, w), float32. progress(step, steps) is called after each step.
+    velocity(x, timestep (B, T)) with timestep = 1000 sigma; the first `frozen_frames` latent frames have timestep 0 and
+    never change. x: (B, C, T, h, w), float32. progress(step, steps) is called after each step.
     """
     steps = len(sigmas) - 1
     for step in range(steps):

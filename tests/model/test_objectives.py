@@ -85,7 +85,9 @@ def test_every_weight_of_stage_one_gets_a_gradient(config, batch):
     objective = FlowObjective(config, caption_dropout=0.5)
     with torch.no_grad():
         for parameter in objective.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)  # zero-initialised outputs would hide what is behind them
+            parameter.add_(
+                torch.randn_like(parameter) * 0.05
+            )  # zero-initialised outputs would hide what is behind them
     total = sum(objective(batch, generator(seed))[0] for seed in range(6))
     total.backward()
     unused = ("recall_gate", "raymap_embedder")  # kept for the checkpoint only

@@ -34,7 +34,9 @@ def test_refining_keeps_the_first_frame_and_changes_the_others(config, inputs):
 def test_refining_starts_from_the_truncated_sigma(config, inputs):
     latents, text, mask = inputs
     refiner, seen = Refiner(config), []
-    refiner.transformer.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    refiner.transformer.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
     refiner.refine(latents, torch.randn_like(latents), text, mask)
     assert [t.max().item() for t in seen] == pytest.approx([500, 200])
     assert all((t.reshape(2, 3, 6)[:, 0] == 0).all() for t in seen)

@@ -25,6 +25,7 @@ MODEL = {
     "diffusers",
     "einops",
     "huggingface_hub",
+    "matplotlib",
     "modelopt",
     "numpy",
     "peft",

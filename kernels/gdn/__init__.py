@@ -1,0 +1,1 @@
+"""Frame-wise Gated DeltaNet: linear attention whose state moves once a frame."""

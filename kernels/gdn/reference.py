@@ -1,0 +1,81 @@
+"""Frame-wise Gated DeltaNet in torch: the definition that every faster version has to equal.
+
+Shapes: B batch, T frames, S tokens a frame, H heads, D key channels, V value channels. With K_t (S, D), V_t (S, V) and
+diag(beta_t) (S, S), the state M (V, D) of a head moves once a frame (SANA-WM section 3, after Gated DeltaNet,
+arXiv 2412.06464):
+
+    M_t = M_{t-1} g_t (I - K_t^T diag(beta_t) K_t) + V_t^T diag(beta_t) K_t            out_t = Q_t M_t^T
+
+so a run of frames is an affine map M -> M A + U of the state, and two such maps compose into one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gdn_scan(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence over frames; every token of a frame reads the state after that frame.
+
+    q, k (B, T, S, H, D); v (B, T, S, H, V); beta (B, T, S, H) in [0, 1]; decay (B, T, H) in [0, 1], linear, not its
+    logarithm; state (B, H, V, D), zeros by default. Returns out (B, T, S, H, V) and the last state, both float32.
+    """
+    transition, increment = frame_maps(k, v, beta, decay)
+    states = scan_states(transition, increment, state)
+    return read_states(q, states), states[:, -1]
+
+
+def gdn_bidirectional(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
+    """The sum of two scans: frames 0 ... t, and backwards from the end over frames T-1 ... t+1. Shapes as in
+    `gdn_scan`.
+    """
+    transition, increment = frame_maps(k, v, beta, decay)
+    return read_states(q, bidirectional_states(transition, increment))
+
+
+def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Each frame as a map M -> M A + U: transition A (B, T, H, D, D), increment U (B, T, H, V, D), float32."""
+    k, v, beta, decay = (x.float() for x in (k, v, beta, decay))
+    weighted = (k * beta[..., None]).permute(0, 1, 3, 2, 4)
+    identity = torch.eye(k.shape[-1], device=k.device)
+    transition = decay[..., None, None] * (identity - k.permute(0, 1, 3, 4, 2) @ weighted)
+    return transition, v.permute(0, 1, 3, 4, 2) @ weighted
+
+
+def compose(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The map that applies `first`, then `second`. Associative."""
+    (a, u), (b, w) = first, second
+    return a @ b, u @ b + w
+
+
+def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
+    """The state after every frame, (B, T, H, V, D)."""
+    frames, (b, _, h, rows, d) = increment.shape[1], increment.shape
+    state = increment.new_zeros(b * h, rows, d) if state is None else state.float().reshape(b * h, rows, d)
+    # The only serial part: one batched product a frame.
+    transition = transition.transpose(0, 1).reshape(frames, b * h, d, d)
+    increment = increment.transpose(0, 1).reshape(frames, b * h, rows, d)
+    states = []
+    for t in range(frames):
+        state = torch.baddbmm(increment[t], state, transition[t])
+        states.append(state)
+    return torch.stack(states).view(frames, b, h, rows, d).transpose(0, 1)
+
+
+def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
+    """State after frame t scanning forwards plus state of frames after t scanning backwards, (B, T, H, V, D)."""
+    # Backwards, frame t reads what frames T-1 ... t+1 left: its own map is not applied, the last frame reads zeros.
+    after = torch.cat([torch.zeros_like(increment[:, :1]), increment[:, 1:].flip(1)], 1)
+    steps = torch.cat([torch.ones_like(transition[:, :1]), transition[:, 1:].flip(1)], 1)
+    both = scan_states(torch.cat([transition, steps]), torch.cat([increment, after]))
+    forward, backward = both.chunk(2)
+    return forward + backward.flip(1)
+
+
+def read_states(q: Tensor, states: Tensor) -> Tensor:
+    """out_t = Q_t M_t^T: (B, T, S, H, V) from q (B, T, S, H, D) and states (B, T, H, V, D)."""
+    out = q.float().permute(0, 1, 3, 2, 4) @ states.transpose(-1, -2)
+    return out.permute(0, 1, 3, 2, 4)

@@ -1,0 +1,156 @@
+"""The action language: keys held for frames, such as "w-80" or "dw-40,none-8", turned into a trajectory.
+
+Both releases of SANA-WM read the same letters differently, hence the named key maps. Speeds are in metres and degrees a
+second; the published values a frame at 16 frames a second are given beside them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from longtake.model.camera.pose import intrinsics_from_fov
+from longtake.model.camera.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """What keys do, and how fast.
+
+    keys: letter to (forward, right, yaw to the right, pitch up) in -1, 0, 1. translation_speed m/s, rotation_speed and
+    pitch_limit degrees (a second). press, coast: seconds in which a velocity closes most of its distance to the target
+    while a key is held, and after it was let go; 0 moves at once.
+    """
+
+    keys: dict[str, tuple[int, int, int, int]]
+    translation_speed: float
+    rotation_speed: float
+    pitch_limit: float
+    press: float = 0.0
+    coast: float = 0.0
+
+
+_FORWARD = {"w": (1, 0, 0, 0), "s": (-1, 0, 0, 0), "i": (0, 0, 0, 1), "k": (0, 0, 0, -1)}
+_YAW, _STRAFE = ((0, 0, -1, 0), (0, 0, 1, 0)), ((0, -1, 0, 0), (0, 1, 0, 0))
+
+KEY_MAPS = {
+    # Today's: a/d turn, j/l strafe, smoothed; 0.025 m and 0.6 degrees a frame.
+    "official": KeyMap(
+        {**_FORWARD, **dict(zip("ad", _YAW, strict=True)), **dict(zip("jl", _STRAFE, strict=True))},
+        0.4,
+        9.6,
+        60,
+        0.45,
+        1.0,
+    ),
+    # The first release's, which diffusers keeps: a/d strafe, j/l turn, at once; 0.05 m and 1.2 degrees a frame.
+    "diffusers": KeyMap(
+        {**_FORWARD, **dict(zip("ad", _STRAFE, strict=True)), **dict(zip("jl", _YAW, strict=True))}, 0.8, 19.2, 85
+    ),
+}
+
+
+def parse_actions(
+    text: str,
+    key_map: str = "official",
+    fps: float = 16.0,
+    *,
+    translation_speed: float | None = None,
+    rotation_speed: float | None = None,
+    fov_deg: float = 75.0,
+    image_size: tuple[int, int] = (704, 1280),
+) -> Trajectory:
+    """The trajectory of "keys-frames" segments joined by commas; N frames of actions give N + 1 poses, the first the
+    identity.
+
+    Speeds in m/s and degrees a second (default: the key map's). Movement stays in the horizontal plane, whatever the
+    pitch. ValueError for an unknown key map, unknown keys, and durations that are not positive whole numbers.
+    """
+    if key_map not in KEY_MAPS:
+        near = difflib.get_close_matches(key_map, KEY_MAPS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown key map {key_map!r}: choose one of {', '.join(KEY_MAPS)}{hint}")
+    keys = KEY_MAPS[key_map]
+    held = _held_keys(text, keys)
+    poses = _roll_out(
+        held,
+        keys,
+        1 / fps,
+        keys.translation_speed if translation_speed is None else translation_speed,
+        keys.rotation_speed if rotation_speed is None else rotation_speed,
+    )
+    return Trajectory(poses, intrinsics_from_fov(fov_deg, image_size), image_size, fps, actions=text)
+
+
+def random_actions(frames: int, seed: int, key_map: str = "official") -> str:
+    """A varied key sequence of exactly `frames` frames: walking and turning in pieces of one to four seconds."""
+    generator = random.Random(seed)
+    turns = ("a", "d") if key_map == "official" else ("j", "l")
+    strafes = ("j", "l") if key_map == "official" else ("a", "d")
+    choices = ["w", "w", "s", *(turn + "w" for turn in turns * 2), *turns, *strafes]
+    pieces, left = [], frames
+    while left:
+        length = min(left, generator.randint(16, 64))
+        length = left if left - length < 8 else length
+        pieces.append(f"{''.join(sorted(generator.choice(choices)))}-{length}")
+        left -= length
+    return ",".join(pieces)
+
+
+def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
+    """For each frame, the sum of the held keys' directions."""
+    segments = "".join(text.split()).split(",")
+    held = []
+    for segment in segments:
+        letters, dash, duration = segment.rpartition("-")
+        if not dash or not letters or not duration.isascii() or not duration.isdigit() or int(duration) < 1:
+            raise ValueError(f"action {segment!r} must be KEYS-FRAMES with at least 1 frame, such as w-40 or none-8")
+        letters = "" if letters.lower() == "none" else letters.lower()
+        unknown = sorted(set(letters) - set(key_map.keys))
+        if unknown:
+            raise ValueError(
+                f"action {segment!r} has unknown keys {''.join(unknown)}: use {''.join(sorted(key_map.keys))} or none"
+            )
+        directions = [key_map.keys[letter] for letter in set(letters)]
+        total = tuple(sum(axis) for axis in zip(*directions, strict=True)) if directions else (0, 0, 0, 0)
+        held += [total] * int(duration)
+    return held
+
+
+def _roll_out(
+    held: list[tuple[int, int, int, int]], key_map: KeyMap, seconds: float, speed: float, turn_speed: float
+) -> torch.Tensor:
+    """Integrate velocities in double precision: c2w (N + 1, 4, 4)."""
+    velocity, yaw, pitch, position = [0.0] * 4, 0.0, 0.0, [0.0, 0.0]
+    poses = [_pose(yaw, pitch, position)]
+    for target in held:
+        for axis in range(4):
+            tau = key_map.press if target[axis] else key_map.coast
+            share = 1 - math.exp(-seconds / tau) if tau else 1.0
+            velocity[axis] += share * (target[axis] - velocity[axis])
+        forward, right, turn, lift = (value * seconds for value in velocity)
+        yaw += math.radians(turn * turn_speed)
+        raised = pitch + math.radians(lift * turn_speed)
+        pitch = raised if abs(raised) <= math.radians(key_map.pitch_limit) else pitch
+        position[0] += speed * (forward * math.sin(yaw) + right * math.cos(yaw))
+        position[1] += speed * (forward * math.cos(yaw) - right * math.sin(yaw))
+        poses.append(_pose(yaw, pitch, position))
+    return torch.stack(poses)
+
+
+def _pose(yaw: float, pitch: float, position: list[float]) -> torch.Tensor:
+    """c2w of a camera at (x, z) that turned right by `yaw` and looks up by `pitch`, radians."""
+    (cy, sy), (cp, sp) = (math.cos(yaw), math.sin(yaw)), (math.cos(pitch), math.sin(pitch))
+    return torch.tensor(
+        [
+            [cy, sy * sp, sy * cp, position[0]],
+            [0, cp, -sp, 0],
+            [-sy, cy * sp, cy * cp, position[1]],
+            [0, 0, 0, 1],
+        ],
+        dtype=torch.float32,
+    )

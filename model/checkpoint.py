@@ -1,0 +1,83 @@
+"""Safetensors files, single or sharded, from a folder or an hf:// id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` itself, or where `hf://owner/name[@revision]` lies on this machine after a download through the Hub's
+    cache.
+
+    ValueError when there is no such folder or repository.
+    """
+    text = str(path)
+    if not text.startswith("hf://"):
+        if not Path(text).is_dir():
+            raise ValueError(f"there is no weights folder at {text}: give a folder or hf://owner/name")
+        return Path(text)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = text.removeprefix("hf://").partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{text} cannot be fetched: {str(error).splitlines()[0]}") from None
+
+
+def load_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: those that its index names, or those of its only .safetensors file.
+
+    ValueError for no file, several files without an index, a shard that the index names but that is not there, a tensor
+    that it places wrongly, and a file that is cut short.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if not indices:
+        if len(files) != 1:
+            problem = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
+            raise ValueError(f"{folder} has {problem}")
+        return _load(files[0])
+    if len(indices) > 1:
+        raise ValueError(f"{folder} has several indices: {', '.join(index.name for index in indices)}")
+    try:
+        placed: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{indices[0]} is not an index of shards") from None
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(placed.values())):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder} lacks the shard {shard} that {indices[0].name} names")
+        tensors |= _load(folder / shard)
+    for name in placed:
+        if name not in tensors:
+            raise ValueError(f"{folder}: tensor {name} is not in the shard {placed[name]}")
+    return tensors
+
+
+def save_safetensors(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
+    """Write one file, floating-point tensors as `dtype`; it appears whole or not at all."""
+    kept = {
+        name: tensor.detach()
+        .to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        .contiguous()
+        .clone()
+        for name, tensor in tensors.items()
+    }
+    partial = file.with_name(f".{file.name}.partial")
+    save_file(kept, partial)
+    partial.replace(file)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None

@@ -1,0 +1,202 @@
+"""The stage-1 network, in the words of its paper: patches, time, text and camera in; a velocity for every latent frame
+out.
+
+Legend: B batch, T latent frames, N = T x height x width tokens in that order, C hidden size. Modules bear the names of
+the public checkpoints (SANA-WM section 1.13), so a state dict of either release maps by name.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtake.model.camera import CameraFeatures, ray_matrices
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
+from longtake.model.dit.feed_forward import GLUMBConvTemp
+from longtake.model.dit.positions import RotaryTable
+
+
+class PatchEmbed(nn.Module):
+    """One token a latent position: (B, channels, T, h, w) to (B, N, C)."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.proj = nn.Conv3d(channels, size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A 1 x 1 x 1 convolution is a matrix product, and many times faster as one.
+        return F.linear(x.flatten(2).transpose(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of integer timesteps in [0, 1000] through two layers: (B, T) to (B, T, C)."""
+
+    def __init__(self, size: int, width: int = 256):
+        super().__init__()
+        self.half = width // 2
+        self.mlp = nn.Sequential(nn.Linear(width, size), nn.SiLU(), nn.Linear(size, size))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        # The public models see truncated timesteps: 888.9 is 888.
+        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=timestep.device))
+        angle = timestep.long().float()[..., None] * frequency
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features to the hidden size. `y_embedding` is the learned caption of no text, used in training alone."""
+
+    def __init__(self, length: int, channels: int, size: int):
+        super().__init__()
+        self.y_proj = nn.ModuleDict({"fc1": nn.Linear(channels, size), "fc2": nn.Linear(size, size)})
+        self.y_embedding = nn.Parameter(torch.randn(length, channels) / channels**0.5)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.y_proj["fc2"](F.gelu(self.y_proj["fc1"](text), approximate="tanh"))
+
+
+class CrossAttention(nn.Module):
+    """Every token attends to the text. mask (B, L) bool."""
+
+    def __init__(self, size: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_linear, self.kv_linear, self.proj = (
+            nn.Linear(size, size),
+            nn.Linear(size, 2 * size),
+            nn.Linear(size, size),
+        )
+        self.q_norm, self.k_norm = nn.RMSNorm(size, 1e-6), nn.RMSNorm(size, 1e-6)
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        k, v = self.kv_linear(text).chunk(2, dim=-1)
+        q, k, v = (
+            tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(v.dtype)
+            for tensor in (self.q_norm(self.q_linear(x)), self.k_norm(k), v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, Pluecker embedding, text, feed-forward; modulated once a latent frame (section 1.2)."""
+
+    def __init__(self, config: WorldModelConfig, softmax: bool):
+        super().__init__()
+        size = config.hidden_size
+        self.attn = (SoftmaxAttention if softmax else GDNAttention)(config)
+        self.cross_attn = CrossAttention(size, config.num_heads)
+        self.mlp = GLUMBConvTemp(size, int(size * config.mlp_ratio), config.temporal_kernel_size)
+        self.plucker_proj = nn.Linear(size, size)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, size) / size**0.5)
+
+    def forward(
+        self, x: Tensor, text: Tensor, mask: Tensor, time: Tensor, at: Positions, plucker: Tensor | None, grid: tuple
+    ) -> Tensor:
+        """x (B, N, C); text (B, L, C); time (B, T, 6, C)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).chunk(6, dim=2)
+        x = x + per_frame(gate_a, self.attn(modulate(x, shift_a, scale_a), at))
+        if plucker is not None:
+            x = x + self.plucker_proj(plucker)
+        x = x + self.cross_attn(x, text, mask)
+        return x + per_frame(gate_m, self.mlp(modulate(x, shift_m, scale_m), grid))
+
+
+class FinalLayer(nn.Module):
+    """Modulated by the timestep embedding itself, not by `t_block`."""
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(size, channels)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, size) / size**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + time[:, :, None]).chunk(2, dim=2)
+        return self.linear(modulate(x, shift, scale))
+
+
+class WorldModel(nn.Module):
+    """SANA-WM's diffusion transformer; random weights in float32.
+
+    A clean latent frame (the image) has timestep 0. Without a camera the camera branch and the Pluecker embedding are
+    left out.
+    """
+
+    def __init__(self, config: WorldModelConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.x_embedder = PatchEmbed(config.latent_channels, size)
+        self.t_embedder = TimestepEmbedder(size)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
+        self.y_embedder = CaptionEmbedder(config.text.length, config.text_dim, size)
+        self.attention_y_norm = nn.RMSNorm(size, 1e-5)
+        self.plucker_embedder = PatchEmbed(config.plucker_channels, size)
+        self.raymap_embedder = PatchEmbed(3, size)  # of the public checkpoints; Pluecker maps took its place
+        every = config.softmax_every
+        self.blocks = nn.ModuleList(
+            Block(config, softmax=every > 0 and (i + 1) % every == 0) for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(size, config.latent_channels)
+        self.rotary = RotaryTable(config.head_dim, config.max_latent_frames)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                nn.init.zeros_(module.proj.weight)
+                nn.init.zeros_(module.proj.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[union-attr]
+            nn.init.zeros_(layer.bias)  # type: ignore[union-attr]
+        nn.init.constant_(self.attention_y_norm.weight, 0.01)
+        for parameter in self.plucker_embedder.parameters():
+            nn.init.zeros_(parameter)
+
+    @property
+    def null_caption(self) -> Tensor:
+        """Features (L, D_text) that stand for no caption."""
+        return self.y_embedder.y_embedding
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, camera: CameraFeatures | None = None
+    ) -> Tensor:
+        """Velocity noise - x0, (B, C, T, h, w) like `latents`.
+
+        timestep (B, T) in [0, 1000]; text (B, L, D_text); text_mask (B, L), nonzero for real tokens.
+        """
+        grid = latents.shape[2:]
+        dtype = self.x_embedder.proj.weight.dtype
+        x = self.x_embedder(latents.to(dtype))
+        time = self.t_embedder(timestep)
+        modulation = self.t_block(time).unflatten(-1, (6, -1))
+        y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
+        at, plucker = self._positions(grid, camera, latents.device), None
+        if camera is not None:
+            plucker = self.plucker_embedder(camera.plucker.to(dtype))
+        for block in self.blocks:
+            x = block(x, y, text_mask.bool(), modulation, at, plucker, tuple(grid))
+        return self.final_layer(x, time).transpose(1, 2).unflatten(2, grid)
+
+    def _positions(self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device) -> Positions:
+        rope, camera_rope = self.rotary(grid, device)
+        if camera is None:
+            return Positions(grid[0], rope, camera_rope)
+        with torch.autocast(device.type, enabled=False):
+            ray_from_world, world_from_ray = ray_matrices(camera.conditions.float(), grid[1], grid[2])
+        return Positions(grid[0], rope, camera_rope, ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then one scale and shift a latent frame: x (B, N, C); shift, scale (B, T, 1, C)."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
+    return (normed * (1 + scale) + shift).flatten(1, 2)
+
+
+def per_frame(gate: Tensor, x: Tensor) -> Tensor:
+    """gate (B, T, 1, C) times x (B, N, C)."""
+    return (gate * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
