@@ -15,14 +15,30 @@ import numpy as np
 UNITS_PER_METRE = 32.0
 SKY = "F_SKY1"
 
-_THING = np.dtype([("x", "<i2"), ("y", "<i2"), ("angle", "<i2"), ("type", "<i2"), ("flags", "<i2")])
-_LINE = np.dtype([("v1", "<u2"), ("v2", "<u2"), ("flags", "<u2"), ("special", "<u2"), ("tag", "<u2"), ("side", "<u2", 2)])
+THING = np.dtype([("x", "<i2"), ("y", "<i2"), ("angle", "<i2"), ("type", "<i2"), ("flags", "<i2")])
+LINE = np.dtype(
+    [("v1", "<u2"), ("v2", "<u2"), ("flags", "<u2"), ("special", "<u2"), ("tag", "<u2"), ("side", "<u2", 2)]
+)
 _SIDE = np.dtype([("x", "<i2"), ("y", "<i2"), ("upper", "S8"), ("lower", "S8"), ("middle", "S8"), ("sector", "<u2")])
 _VERTEX = np.dtype([("x", "<i2"), ("y", "<i2")])
-_SECTOR = np.dtype(
-    [("floor", "<i2"), ("ceiling", "<i2"), ("floor_flat", "S8"), ("ceiling_flat", "S8"), ("light", "<i2"), ("rest", "<i4")]
+SECTOR = np.dtype(
+    [
+        ("floor", "<i2"),
+        ("ceiling", "<i2"),
+        ("floor_flat", "S8"),
+        ("ceiling_flat", "S8"),
+        ("light", "<i2"),
+        ("special", "<i2"),
+        ("tag", "<i2"),
+    ]
 )
-_LUMPS = {"THINGS": (1, _THING), "LINEDEFS": (2, _LINE), "SIDEDEFS": (3, _SIDE), "VERTEXES": (4, _VERTEX), "SECTORS": (8, _SECTOR)}
+_LUMPS = {
+    "THINGS": (1, THING),
+    "LINEDEFS": (2, LINE),
+    "SIDEDEFS": (3, _SIDE),
+    "VERTEXES": (4, _VERTEX),
+    "SECTORS": (8, SECTOR),
+}
 _NO_SIDE = 0xFFFF
 _IMPASSABLE = 1
 _MEDIUM_SKILL, _MULTIPLAYER = 2, 16  # flags of a thing
@@ -100,7 +116,7 @@ class DoomMap:
         return np.linalg.norm(offset - t[..., None] * along, axis=2)
 
     def views(self, points: np.ndarray, heights: np.ndarray, angles: np.ndarray) -> np.ndarray:
-        """(N, A) horizontal distance that a level ray sees from each point at `heights` (N,) along `angles` (N, A) rad."""
+        """(N, A) horizontal distance that a level ray sees from each point at `heights` (N,) along `angles` (N, A)."""
         bottom, top = self.opening
         direction = np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, :, None]
         along = self.end - self.start
@@ -157,11 +173,13 @@ def _build(name: str, lumps: dict[str, np.ndarray]) -> DoomMap:
     front_side, back_side = lines["side"].T.astype(np.int64)
     has_back = back_side != _NO_SIDE
     back_side = np.where(has_back, back_side, 0)
-    front = sides["sector"][front_side].astype(np.int64)
-    back = np.where(has_back, sides["sector"][back_side], -1).astype(np.int64)
+    sector = sides["sector"].astype(np.int64)
+    front, back = sector[front_side], np.where(has_back, sector[back_side], -1)
     middle, lower, upper = (_text(sides[key][front_side]) for key in ("middle", "lower", "upper"))
     texture = np.where(middle != "-", middle, np.where(lower != "-", lower, upper))
-    solid = ~has_back | (lines["flags"] & _IMPASSABLE != 0) | (middle != "-") | (_text(sides["middle"][back_side]) != "-")
+    solid = (
+        ~has_back | (lines["flags"] & _IMPASSABLE != 0) | (middle != "-") | (_text(sides["middle"][back_side]) != "-")
+    )
     present = (things["flags"] & _MEDIUM_SKILL != 0) & (things["flags"] & _MULTIPLAYER == 0)
     return DoomMap(
         name=name,
