@@ -1,8 +1,8 @@
 """Encoded clips: the latents of a video with the poses and caption that it came with, as Parquet shards.
 
-One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian:
-  key string; latents float16, its shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32
-  (F, 4), pixels; caption string; fps float; split string; licence string.  F raw frames give T = (F - 1) / 8 + 1.
+One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian: latents float16, its
+shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32 (F, 4), pixels. F raw
+frames give T = (F - 1) / 8 + 1.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ _SCHEMA = pa.schema(
         ("licence", pa.string()),
     ]
 )
+COLUMNS = _SCHEMA.names
 _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep random access cheap
 
 
 @dataclass
 class EncodedClip:
-    """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels of the video."""
+    """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels."""
 
     key: str
     latents: np.ndarray
@@ -53,7 +54,8 @@ class EncodedClip:
             raise ValueError(f"{self.key}: latents must be (C, T, h, w), got {self.latents.shape}")
         if self.c2w.shape != (frames, 4, 4) or self.intrinsics.shape != (frames, 4):
             raise ValueError(
-                f"{self.key}: c2w must be (F, 4, 4) and intrinsics (F, 4), got {self.c2w.shape} and {self.intrinsics.shape}"
+                f"{self.key}: c2w must be (F, 4, 4) and intrinsics (F, 4), "
+                f"got {self.c2w.shape} and {self.intrinsics.shape}"
             )
 
     def row(self) -> dict[str, Any]:

@@ -125,7 +125,9 @@ class ClipStore:
                     rows = file.read_row_group(index).to_pylist()
                 for row in rows:
                     if split in (None, row["split"]) and licence in (None, row["licence"]):
-                        yield decode_clip(row)
+                        with self._told(self._path(name)):
+                            clip = decode_clip(row)
+                        yield clip
 
     def read(self, key: str) -> Clip:
         """The clip of that key. ValueError when there is none."""

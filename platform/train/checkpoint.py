@@ -1,7 +1,7 @@
 """Checkpoints: whole or invisible. A folder is written under another name, its list of files last, and renamed.
 
-RUN/checkpoints/step-00000400/COMPLETE holds {"files": {name: bytes}}; a folder without it, or whose files differ from it, is
-not a checkpoint. All workers of a run see the same RUN.
+RUN/checkpoints/step-00000400/COMPLETE holds {"files": {name: bytes}}; a folder without it, or whose files differ from
+it, is not a checkpoint. All workers of a run see the same RUN.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def write(folder: Path, step: int, write_files: Callable[[Path], None], *, rank: int, barrier: Callable[[], None]) -> Path:
+def write(
+    folder: Path, step: int, write_files: Callable[[Path], None], *, rank: int, barrier: Callable[[], None]
+) -> Path:
     """Let every worker put its files into one new checkpoint; returns its final path. To be called by all workers.
 
     write_files(path): writes the calling worker's files. barrier: returns when all workers have called it.
@@ -58,14 +60,18 @@ def write(folder: Path, step: int, write_files: Callable[[Path], None], *, rank:
 
 def prune(folder: Path, keep: int) -> None:
     """Leave the newest `keep` complete checkpoints; remove older ones and what interrupted writes left."""
-    whole = sorted((path for path in folder.glob("step-*") if is_complete(path) and path.suffix != _PARTIAL), key=step_of)
+    whole = sorted(
+        (path for path in folder.glob("step-*") if is_complete(path) and path.suffix != _PARTIAL), key=step_of
+    )
     for path in folder.glob("step-*"):
         if path not in whole[-keep:]:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _complete(partial: Path) -> None:
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     with (partial / _MARKER).open("w") as marker:
         json.dump({"files": files}, marker, indent=2)
         marker.flush()

@@ -1,66 +1,77 @@
-"""Batches on the device: streamed by Ray Data in the run's own order, or drawn from a set that stays on the device.
+"""Batches on the device, in the run's own order: read ahead by threads, or drawn from a set that stays there.
 
-A source turns (first sample, count) into arrays and runs in Ray Data tasks; `stream` asks for one micro-batch a task and gets
-them back in order, so that a resumed run starts at any sample without reading what came before.
+A source turns (first sample, count) into arrays, so that a resumed run starts at any sample without reading what came
+before. Parquet and JPEG decoding release the interpreter's lock: threads of the training process keep up with a GPU,
+and no batch travels between processes.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
-import ray
-import ray.data
 import torch
 from torch import Tensor
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.latents import decode_row
+from longtake.platform.data.latents import COLUMNS, LatentStore, decode_row
+from longtake.platform.data.store import ClipStore
 from longtake.platform.train.order import Order, Share
-from longtake.platform.train.rows import RowIndex
+from longtake.platform.train.rows import RowIndex, index_rows
+from longtake.platform.train.stages import Stage
 
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Tensor]
 
-_SEGMENT = 8192  # tasks planned at once
-_RESIDENT_ROWS = 64  # rows a task reads while the resident set is loaded
-_AHEAD = 4  # batches that wait on the device or in pinned memory
+_CHUNK = 64  # rows a thread reads while the resident set is loaded
 
 
 class Source(Protocol):
-    """What reads samples. It travels to the tasks, so it holds no open files."""
-
-    index: RowIndex
-    order: Order
+    """What reads samples; used by many threads at once."""
 
     def batch(self, start: int, count: int) -> Arrays: ...
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """Random windows of `window` frames of stored clips: {"frames": uint8 (B, window, H, W, 3)}."""
+    """Random windows of `window` frames of stored clips: {"frames": uint8 (B, window, H, W, 3)}.
+
+    A clip is read once for the consecutive samples that the order takes from it.
+    """
 
     index: RowIndex
     order: Order
     window: int
+    image_size: tuple[int, int]
 
     def batch(self, start: int, count: int) -> Arrays:
         rows = self.order.rows(start, count)
-        found = self.index.read(rows, ["frames"])
-        return {"frames": np.stack([self._window(row["frames"], start + n) for n, row in enumerate(found)])}
+        clips = self.index.columns(rows, ["frames"])
+        out = np.empty((count, self.window, *self.image_size, 3), np.uint8)
+        for n, clip in enumerate(clips):
+            frames = clip["frames"].values
+            if len(frames) < self.window:
+                raise ValueError(f"a clip has {len(frames)} frames: set window={len(frames)} or less with --set")
+            first = int(self.order.generator(start + n).integers(len(frames) - self.window + 1))
+            for k in range(self.window):
+                _decode_jpeg(np.frombuffer(frames[first + k].as_buffer(), np.uint8), out[n, k])
+        return {"frames": out}
 
-    def _window(self, frames: list[bytes], sample: int) -> np.ndarray:
-        if len(frames) < self.window:
-            raise ValueError(f"a clip has {len(frames)} frames, fewer than the window of {self.window}: lower --set window")
-        first = int(self.order.generator(sample).integers(len(frames) - self.window + 1))
-        return np.stack([_decode_jpeg(frame) for frame in frames[first : first + self.window]])
+
+def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if image is None or image.shape != out.shape:
+        found = "damaged" if image is None else f"of {image.shape[0]} x {image.shape[1]} pixels"
+        raise ValueError(f"a stored frame is {found}, the preset needs {out.shape[0]} x {out.shape[1]}")
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class LatentSource:
         return self.read(self.order.rows(start, count))
 
     def read(self, rows: np.ndarray) -> Arrays:
-        clips = [decode_row(row) for row in self.index.read(rows, _LATENT_COLUMNS)]
+        clips = [decode_row(row) for row in self.index.read(rows, COLUMNS)]
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
         return {
             "latents": np.stack([clip.latents for clip in clips]),
@@ -86,11 +97,24 @@ class LatentSource:
         }
 
 
-_LATENT_COLUMNS = ["key", "latents", "shape", "c2w", "intrinsics", "caption", "fps", "split", "licence"]
+def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "train") -> ClipSource | LatentSource:
+    """The stage's clips. ValueError when the split has none, or when its first does not fit the configuration."""
+    store = ClipStore(uri) if stage.objective == "vae" else LatentStore(uri)
+    index = index_rows([f"{store.uri}/{name}.parquet" for name in store.shards()], split=split)
+    if not len(index):
+        job = "render-worlds" if stage.objective == "vae" else "encode-latents"
+        raise ValueError(f"{uri} has no {split} clips: make some with `longtake {job}`")
+    order = Order(len(index), stage.seed, stage.windows_per_clip)
+    if stage.objective == "vae":
+        source = ClipSource(index, order, stage.window, config.image_size)
+        source.batch(0, 1)
+        return source
+    source = LatentSource(index, order, config.text.length)
+    _check_latents(source, config, stage.frames)
+    return source
 
 
-def check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -> None:
-    """ValueError when the first stored clip is not one of `frames` frames of this preset."""
+def _check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -> None:
     stride_t, stride_h, stride_w = config.vae_stride
     height, width = config.image_size
     expected = (config.latent_channels, (frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
@@ -98,146 +122,82 @@ def check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -
     if found["latents"].shape[1:] != expected or found["c2w"].shape[1] != frames:
         raise ValueError(
             f"latents of shape {found['latents'].shape[1:]} from {found['c2w'].shape[1]} frames do not fit preset "
-            f"{config.name!r} at {frames} frames, which needs {expected}: encode with --preset {config.name} --frames {frames}"
+            f"{config.name!r} at {frames} frames, which needs {expected}: "
+            f"encode with --preset {config.name} --frames {frames}"
         )
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray:
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
-def _task(block: Arrays, read: Callable[[Any, int], Arrays], source: ray.ObjectRef, first: int) -> Arrays:
+def stream(source: Source, share: Share, number: int, count: int, device: torch.device) -> Iterator[Batch]:
+    """This worker's micro-batches `number` ... `number + count - 1` on the device, a few decoded ahead."""
+    threads = max(1, min(16, (os.cpu_count() or 1) // share.workers))
     cv2.setNumThreads(0)
-    return read(ray.get(source), first + int(block["id"][0]))
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def load(k: int) -> tuple[Batch, Any]:
+        return _to_device(source.batch(share.start(k), share.micro), device, copies)
 
-def run_in_order(read: Callable[[Any, int], Arrays], source: Any, first: int, count: int, workers: int) -> Iterator[Arrays]:
-    """read(source, number) for number = first ... first + count - 1, computed in parallel by Ray Data, in order.
-
-    The pipeline is executed by a coordinator process of its own, which leaves this one to the training loop. `workers`
-    training workers do so side by side and share the cluster's CPUs.
-    """
-    reference = ray.put(source)
-    for begin in range(first, first + count, _SEGMENT):
-        size = min(_SEGMENT, first + count - begin)
-        task = partial(_task, read=read, source=reference, first=begin)
-        dataset = ray.data.range(size, override_num_blocks=size).map_batches(task, batch_size=None)
-        options = dataset.context.execution_options
-        options.preserve_order = True
-        if workers > 1:
-            cpus = ray.cluster_resources().get("CPU", 1)
-            options.resource_limits = options.resource_limits.copy(cpu=max(1, cpus // workers - 1))
-        iterator = dataset.streaming_split(1)[0]
-        yield from iterator.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=_AHEAD)
-
-
-def _read_share(source: Source, number: int, share: Share, first: int) -> Arrays:
-    return source.batch(share.start(first, number), share.micro)
-
-
-def stream(source: Source, share: Share, first: int, number: int, count: int, device: torch.device) -> Iterator[Batch]:
-    """This worker's micro-batches `number` ... `number + count - 1`, counted from sample `first`, on the device."""
-    read = partial(_read_share, share=share, first=first)
-    return prefetch(run_in_order(read, source, number, count, share.workers), device)
-
-
-def prefetch(arrays: Iterator[Arrays], device: torch.device) -> Iterator[Batch]:
-    """Copy batches to the device from a thread, a few ahead of the consumer, on a stream of their own."""
-    waiting: queue.Queue = queue.Queue(_AHEAD)
-    stop = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stop.is_set():
-            try:
-                waiting.put(item, timeout=0.5)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        try:
-            for batch in arrays:
-                if not put(_to_device(batch, device, copies)):
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001  (raised again where the batch is asked for)
-            put(error)
-
-    threading.Thread(target=produce, daemon=True, name="prefetch").start()
+    numbers = iter(range(number, number + count))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
+    waiting = deque(pool.submit(load, k) for k in islice(numbers, threads + 2))
     try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            batch, copied = item
+        while waiting:
+            batch, copied = waiting.popleft().result()
+            waiting.extend(pool.submit(load, k) for k in islice(numbers, 1))
             if copied is not None:
                 torch.cuda.current_stream(device).wait_event(copied)
                 for tensor in batch.values():
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield batch
     finally:
-        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _to_device(batch: Arrays, device: torch.device, copies: Any) -> tuple[Batch, Any]:
-    # Ray's arrays are read-only views of shared memory, hence the copy.
+def _to_device(arrays: Arrays, device: torch.device, copies: Any) -> tuple[Batch, Any]:
+    """Tensors on the device, and the event after which they are there."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if copies is None:
-        return {name: torch.from_numpy(np.array(array)) for name, array in batch.items()}, None
+        return tensors, None
     with torch.cuda.stream(copies):
-        pinned = {name: torch.from_numpy(np.array(array)).pin_memory() for name, array in batch.items()}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
         copied = torch.cuda.Event()
         copied.record()
     return moved, copied
 
 
-def _read_chunk(source: LatentSource, number: int) -> Arrays:
-    first = number * _RESIDENT_ROWS
-    return source.read(np.arange(first, min(first + _RESIDENT_ROWS, len(source.index))))
-
-
 class Resident:
-    """All encoded clips in the memory of the device (or the host); a batch is an index gather there.
+    """All encoded clips in the memory of the device (or the host); a batch is an index gather there."""
 
-    Loaded once through Ray Data, by every worker in full: any worker may need any clip.
-    """
-
-    def __init__(self, source: LatentSource, where: torch.device, device: torch.device, workers: int) -> None:
+    def __init__(self, source: LatentSource, where: torch.device, device: torch.device) -> None:
         self.order, self.device = source.order, device
-        chunks = -(-len(source.index) // _RESIDENT_ROWS)
+        size = len(source.index)
         self._set: Batch = {}
-        done = 0
-        for arrays in run_in_order(_read_chunk, source, 0, chunks, workers):
-            for name, array in arrays.items():
-                if name not in self._set:
-                    like = torch.from_numpy(np.array(array[:1]))
-                    self._set[name] = like.new_empty((len(source.index), *like.shape[1:]), device=where)
-                self._set[name][done : done + len(array)] = torch.from_numpy(np.array(array))
-            done += len(next(iter(arrays.values())))
-        self._epochs: dict[int, Tensor] = {}
+        with ThreadPoolExecutor(8) as pool:
+            starts = range(0, size, _CHUNK)
+            chunks = pool.map(lambda start: source.read(np.arange(start, min(start + _CHUNK, size))), starts)
+            for start, arrays in zip(starts, chunks, strict=True):
+                for name, array in arrays.items():
+                    piece = torch.from_numpy(array)
+                    if name not in self._set:
+                        self._set[name] = piece.new_empty((size, *piece.shape[1:]), device=where)
+                    self._set[name][start : start + len(piece)] = piece
+        self._epoch: tuple[int, Tensor] | None = None
 
-    def batch(self, start: int, count: int) -> Batch:
-        """Samples start ... start + count - 1 of the order, on the device."""
-        rows = self._rows(start, count)
-        return {name: tensor.index_select(0, rows).to(self.device, non_blocking=True) for name, tensor in self._set.items()}
+    def draw(self, share: Share, number: int, count: int) -> Iterator[Batch]:
+        """As `stream`."""
+        for k in range(number, number + count):
+            rows = self._rows(share.start(k), share.micro)
+            yield {name: tensor.index_select(0, rows).to(self.device) for name, tensor in self._set.items()}
 
     def _rows(self, start: int, count: int) -> Tensor:
-        """The order's rows as a device tensor; an epoch's permutation is uploaded once."""
+        """The order's rows as a tensor; an epoch's permutation is uploaded once."""
         size = self.order.epoch_size
         parts = []
         while count:
             epoch, within = divmod(start, size)
-            if epoch not in self._epochs:
-                where = next(iter(self._set.values())).device
-                self._epochs = {epoch: torch.from_numpy(self.order.rows(epoch * size, size)).to(where)}
+            if self._epoch is None or self._epoch[0] != epoch:
+                where = self._set["latents"].device
+                self._epoch = (epoch, torch.from_numpy(self.order.rows(epoch * size, size)).to(where))
             taken = min(count, size - within)
-            parts.append(self._epochs[epoch][within : within + taken])
+            parts.append(self._epoch[1][within : within + taken])
             start, count = start + taken, count - taken
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def draw(resident: Resident, share: Share, first: int, number: int, count: int) -> Iterator[Batch]:
-    """As `stream`, from the resident set."""
-    for k in range(number, number + count):
-        yield resident.batch(share.start(first, k), share.micro)
+        return torch.cat(parts)

@@ -12,8 +12,8 @@ import numpy as np
 class Order:
     """Endless order over `num_rows` clips: each epoch draws every clip `per_row` times, a new permutation an epoch.
 
-    Sample n belongs to epoch n // (num_rows per_row). Neither workers nor batch size enter, so the samples of a global batch
-    are the same however many workers share it.
+    Sample n belongs to epoch n // (num_rows per_row). Neither workers nor batch size enter, so the samples of a global
+    batch are the same however many workers share it.
     """
 
     num_rows: int
@@ -23,9 +23,6 @@ class Order:
     @property
     def epoch_size(self) -> int:
         return self.num_rows * self.per_row
-
-    def epoch(self, sample: int) -> int:
-        return sample // self.epoch_size
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """int64 (count,): the clips of samples start ... start + count - 1."""
@@ -49,12 +46,12 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Share:
-    """One worker's part of every global batch: micro-batch k of worker r is number k workers + r of all micro-batches."""
+    """One worker's part of every global batch: its micro-batch k is number k workers + rank of all micro-batches."""
 
     rank: int
     workers: int
     micro: int
 
-    def start(self, first: int, number: int) -> int:
-        """First sample of this worker's micro-batch `number`, counted from sample `first`."""
-        return first + (number * self.workers + self.rank) * self.micro
+    def start(self, number: int) -> int:
+        """First sample of this worker's micro-batch `number`."""
+        return (number * self.workers + self.rank) * self.micro

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Where each row of the split lies: file, row group and place inside the group; rows in the order of the file names.
+    """Where each row of the split lies: file, row group and place in the group; rows in the order of the file names.
 
     A row is read with its row group, so small row groups make random access cheap.
     """
@@ -29,25 +30,22 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.file)
 
-    def digest(self) -> str:
-        """Changes when files or rows are added or removed."""
-        names = "\n".join(path.rpartition("/")[2] for path in self.paths)
-        digest = hashlib.sha256(names.encode())
-        for part in (self.file, self.group, self.place):
-            digest.update(part.astype(np.int64).tobytes())
-        return digest.hexdigest()[:16]
-
-    def read(self, rows: Sequence[int] | np.ndarray, columns: list[str]) -> list[dict[str, Any]]:
-        """The columns of `rows`, in that order; a row group that holds several of them is read once."""
+    def columns(self, rows: Sequence[int] | np.ndarray, names: list[str]) -> list[dict[str, pa.Scalar]]:
+        """The named columns of `rows` as Arrow scalars, in that order; a row group that holds several is read once."""
         groups: dict[tuple[int, int], list[int]] = {}
         for position, row in enumerate(rows):
             groups.setdefault((int(self.file[row]), int(self.group[row])), []).append(position)
-        found: list[dict[str, Any]] = [{}] * len(rows)
+        found: list[dict[str, pa.Scalar]] = [{}] * len(rows)
         for (file, group), positions in groups.items():
-            table = _open(self.paths[file]).read_row_group(group, columns=columns)
+            table = _open(self.paths[file]).read_row_group(group, columns=names, use_threads=False)
             for position in positions:
-                found[position] = table.slice(int(self.place[rows[position]]), 1).to_pylist()[0]
+                place = int(self.place[rows[position]])
+                found[position] = {name: table.column(name)[place] for name in names}
         return found
+
+    def read(self, rows: Sequence[int] | np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+        """As `columns`, as Python values."""
+        return [{name: value.as_py() for name, value in row.items()} for row in self.columns(rows, names)]
 
 
 def index_rows(paths: Sequence[str], split: str | None = None, licences: Sequence[str] | None = None) -> RowIndex:
@@ -69,12 +67,22 @@ def index_rows(paths: Sequence[str], split: str | None = None, licences: Sequenc
 
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(scan, range(len(paths))))
-    file, group, place = (np.concatenate([part[i] for part in parts] or [np.zeros(0)]).astype(np.int32) for i in range(3))
+    file, group, place = (
+        np.concatenate([part[i] for part in parts] or [np.zeros(0)]).astype(np.int32) for i in range(3)
+    )
     return RowIndex(paths, file, group, place)
 
 
-@lru_cache(maxsize=512)
+_files = threading.local()  # a Parquet reader belongs to one thread
+
+
 def _open(path: str) -> pq.ParquetFile:
+    if not hasattr(_files, "open"):
+        _files.open = lru_cache(maxsize=256)(_open_file)
+    return _files.open(path)
+
+
+def _open_file(path: str) -> pq.ParquetFile:
     if "://" in path:
-        return pq.ParquetFile(fsspec.open(path, "rb").open())
+        return pq.ParquetFile(fsspec.open(path, "rb").open())  # type: ignore[arg-type]
     return pq.ParquetFile(path, memory_map=True)

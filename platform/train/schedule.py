@@ -21,15 +21,15 @@ def learning_rate(stage: Stage, step: int, progress: float) -> float:
 class Clock:
     """Progress of a run: max(step / steps, elapsed / max_seconds), the same number on every worker.
 
-    seconds: time spent in earlier runs of the same command. With several workers rank 0's clock counts, and is asked every
-    `every` steps only, since asking makes workers wait for each other.
+    seconds: time spent in earlier runs of the same command. With several workers rank 0's clock counts, and is asked
+    every `every` steps only, since asking makes workers wait for each other.
     """
 
     def __init__(self, steps: int, max_seconds: float | None, seconds: float = 0.0, every: int = 10) -> None:
         self.steps, self.max_seconds, self.every = steps, max_seconds, every
         self._shared = dist.is_initialized() and dist.get_world_size() > 1
         self._start = time.monotonic() - seconds
-        self._agreed = seconds
+        self.agreed = seconds
 
     def now(self) -> float:
         """Seconds since the run began, by this worker's own clock."""
@@ -38,16 +38,16 @@ class Clock:
     def tick(self, step: int) -> float:
         """Seconds that all workers agree on, for the decisions before `step`."""
         if not self._shared:
-            self._agreed = self.now()
+            self.agreed = self.now()
         elif step % self.every == 0:
             agreed = torch.tensor([self.now()], dtype=torch.float64, device=_collective_device())
             dist.broadcast(agreed, src=0)
-            self._agreed = agreed.item()
-        return self._agreed
+            self.agreed = agreed.item()
+        return self.agreed
 
     def progress(self, step: int) -> float:
         """In [0, 1] and beyond when the time limit has passed; uses the last `tick`."""
-        in_time = self._agreed / self.max_seconds if self.max_seconds else 0.0
+        in_time = self.agreed / self.max_seconds if self.max_seconds else 0.0
         return max(step / self.steps, in_time)
 
 

@@ -1,7 +1,7 @@
 """The training stages as a table of values, per preset; every run is one frozen `Stage`.
 
-Values of `sana-wm` are the published ones (SANA-WM paper, Table 7, and the released stage-1 configuration); a comment says
-where none was published. Learning rates of `tiny` are peaks of a cosine.
+Values of `sana-wm` are the published ones (SANA-WM paper, Table 7, and the released stage-1 configuration); a comment
+says where none was published. Learning rates of `tiny` are peaks of a cosine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Objective = Literal["vae", "flow", "refiner"]
 class Stage:
     """One stage of training.
 
-    frames: raw frames of the clips (or of the clips that the latents encode). window: raw frames a sample of the VAE stage.
-    batch_size: clips (windows) a step over all workers; micro_batch_size: clips a forward pass of one worker, None for as
-    many as the batch gives each worker. steps: the most steps; a time limit may end the run before. warmup: steps.
-    ema: decay of the weights' moving average, 0 for none. options: keyword arguments of the objective.
-    init_from: stages whose weights this one starts from, empty for random weights.
+    frames: raw frames of the clips (or of the clips that the latents encode). window: raw frames a sample of the VAE
+    stage. batch_size: clips (windows) a step over all workers; micro_batch_size: clips a forward pass of one worker,
+    None for as many as the batch gives each worker. steps: the most steps; a time limit may end the run before.
+    warmup: steps. ema: decay of the weights' moving average, 0 for none. optimizer: "adamw", or "muon" (muon.py).
+    options: keyword arguments of the objective. init_from: stages one of whose weights this one needs to start from.
     zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`; an empty mode compiles nothing.
     windows_per_clip: samples drawn from a clip each time it is read.
@@ -42,6 +42,7 @@ class Stage:
     micro_batch_size: int | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -57,7 +58,7 @@ class Stage:
     windows_per_clip: int = 1
     cache: Literal["device", "host"] | None = None
     log_every: int = 50
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -71,11 +72,15 @@ class Stage:
             raise ValueError(f"{self.name}: batch_size {self.batch_size} must be a multiple of windows_per_clip")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage {self.zero_stage} must be 0, 1, 2 or 3")
+        if self.optimizer not in ("adamw", "muon") or self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"{self.name}: optimizer must be adamw or muon, schedule cosine or constant")
+        if self.optimizer == "muon" and self.zero_stage:
+            raise ValueError("muon needs whole matrices, which ZeRO cuts up: set zero_stage=0 or optimizer=adamw")
         if self.zero_stage == 3 and self.ema:
             raise ValueError("ZeRO 3 keeps no whole weights to average: set ema=0, or zero_stage to 2 or less")
 
     def micro_batches(self, workers: int) -> tuple[int, int]:
-        """Clips a forward pass of one worker, and forward passes a step. ValueError when they do not divide the batch."""
+        """Clips a forward pass of one worker, and passes a step. ValueError when they do not divide the batch."""
         share, rest = divmod(self.batch_size, workers)
         micro = min(self.micro_batch_size or share, share)
         if rest or not share or share % micro:

@@ -1,0 +1,200 @@
+"""Encode clips into latents with a trained autoencoder, in parallel; run it again to resume."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+
+from longtake.model import presets, weights
+from longtake.model.config import WorldModelConfig
+from longtake.model.vae import build_vae, encode_frames
+from longtake.platform.data.clip import Clip
+from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.data.store import SCHEMA, ClipStore, decode_clip
+from longtake.platform.observe.job import run_job
+from longtake.platform.observe.progress import Progress
+from longtake.platform.train.rows import index_rows
+from longtake.platform.train.run import find_parts
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    config = presets.get(args.preset)
+    folder = find_parts([args.weights]).get("vae") if args.weights else str(weights.resolve(config, None))
+    if folder is None:
+        raise ValueError(f"{args.weights} holds no autoencoder: give the run of stage0_vae with --weights")
+    if args.dry_run:
+        print(json.dumps(vars(args) | {"weights": folder}, indent=2))
+        return
+    encode(config, args.data, args.latents, folder, args.frames, args.batch)
+    print(f"{len(LatentStore(args.latents))} encoded clips in {args.latents}")
+
+
+def encode(config: WorldModelConfig, clips: str, latents: str, folder: str, frames: int, batch: int) -> None:
+    """Encode every shard of the clip store that the latent store lacks, one Ray Data actor a GPU (or one on CPUs).
+
+    A clip gives one row for each `frames` consecutive frames; what is left of it is dropped. ValueError when `frames`
+    is not 8 k + 1, when images are not of the configuration's size, and when the latent store was encoded otherwise.
+    """
+    stride = config.vae_stride[0]
+    if frames < 1 or (frames - 1) % stride or batch < 1:
+        raise ValueError(f"--frames {frames} must be {stride} k + 1, and --batch {batch} at least 1")
+    shards = ClipStore(clips).shards()
+    if not shards:
+        raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
+    _claim(latents, {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
+    done = set(LatentStore(latents).shards())
+    left = [name for name in shards if name not in done]
+    if not left:
+        return
+    import ray
+    import ray.data
+
+    from longtake.platform.observe import ray_cluster
+
+    ray_cluster.connect()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    rows = ray.data.from_items([{"shard": name} for name in left], override_num_blocks=len(left)).map_batches(
+        ShardEncoder,
+        fn_constructor_args=(config, clips, latents, folder, frames, batch),
+        batch_size=1,
+        num_gpus=1 if gpus else 0,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=min(max(gpus, 1), len(left))),
+    )
+    with Progress(len(shards), "shards", "encode", initial=len(shards) - len(left)) as progress:
+        encoded = 0
+        for row in rows.iter_rows():
+            encoded += int(row["clips"])
+            progress.update(1, clips=encoded)
+
+
+class ShardEncoder:
+    """An actor that holds the autoencoder and turns shards of clips into shards of latents."""
+
+    def __init__(
+        self, config: WorldModelConfig, clips: str, latents: str, folder: str, frames: int, batch: int
+    ) -> None:
+        self.config, self.frames, self.batch = config, frames, batch
+        self.clips, self.latents = ClipStore(clips), LatentStore(latents)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
+        self.vae: Any = weights.load_part(build_vae(config), Path(folder), "vae").to(self.device).eval()
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        counts = []
+        for name in map(str, rows["shard"]):
+            encoded = list(self.encode(name))
+            self.latents.write_shard(name, encoded)
+            counts.append(len(encoded))
+        return {"shard": rows["shard"], "clips": np.array(counts)}
+
+    def encode(self, name: str) -> Iterator[EncodedClip]:
+        """The encoded clips of one shard, in order."""
+        waiting: list[Clip] = []
+        for clip in self._windows(name):
+            waiting.append(clip)
+            if len(waiting) == self.batch:
+                yield from self._encode(waiting)
+                waiting = []
+        if waiting:
+            yield from self._encode(waiting)
+
+    def _windows(self, name: str) -> Iterator[Clip]:
+        """The clips of a shard, cut to length; threads decode ahead of the device."""
+        index = index_rows([f"{self.clips.uri}/{name}.parquet"])
+        jobs = (
+            (row, start)
+            for row, about in enumerate(index.read(range(len(index)), ["num_frames"]))
+            for start in range(0, about["num_frames"] - self.frames + 1, self.frames)
+        )
+
+        def read(row: int, start: int) -> Clip:
+            clip = decode_clip(index.read([row], SCHEMA.names)[0], start, start + self.frames)
+            return dataclasses.replace(clip, key=f"{clip.key}@{start}") if start else clip
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead = deque(pool.submit(read, *job) for job in islice(jobs, 2 * self.batch))
+            if not ahead:
+                raise ValueError(f"shard {name} has no clip of {self.frames} frames: lower --frames")
+            while ahead:
+                clip = ahead.popleft().result()
+                ahead.extend(pool.submit(read, *job) for job in islice(jobs, 1))
+                yield clip
+
+    def _encode(self, clips: list[Clip]) -> Iterator[EncodedClip]:
+        for clip in clips:
+            if clip.image_size != self.config.image_size:
+                raise ValueError(
+                    f"clip {clip.key!r} is of {clip.image_size} pixels, preset {self.config.name!r} of "
+                    f"{self.config.image_size}: render clips of that size"
+                )
+        frames = torch.from_numpy(np.stack([clip.frames for clip in clips])).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            latents = encode_frames(self.vae, frames).half().cpu().numpy()
+        for clip, latent in zip(clips, latents, strict=True):
+            yield _encoded(clip, latent)
+
+
+def _encoded(clip: Clip, latents: np.ndarray) -> EncodedClip:
+    trajectory = clip.trajectory()  # in metres
+    return EncodedClip(
+        clip.key,
+        latents,
+        trajectory.c2w.numpy(),
+        trajectory.intrinsics.numpy(),
+        clip.caption,
+        clip.fps,
+        clip.split,
+        clip.licence,
+    )
+
+
+def _claim(latents: str, encoding: dict[str, Any]) -> None:
+    """Note in the latent store how it is encoded. ValueError when that was otherwise."""
+    fs, root = fsspec.core.url_to_fs(latents)
+    path = f"{root.rstrip('/')}/encoding.json"
+    if fs.exists(path):
+        if (found := json.loads(fs.cat_file(path))) != encoding:
+            raise ValueError(f"{latents} holds latents of {found}, not of {encoding}: choose another --latents")
+        return
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(path, json.dumps(encoding).encode())
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="encode-latents", description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="tiny", choices=presets.names())
+    add("--data", required=True, help="store of clips: folder or s3://bucket/prefix")
+    add("--latents", required=True, help="store of latents to write: folder or s3://bucket/prefix")
+    add("--weights", help="run of stage0_vae or weights folder (default: those shipped)")
+    add("--frames", type=int, default=81, help="frames a row: 81 are 5 s, 961 a minute")
+    add("--batch", type=int, default=8, help="rows encoded at once")
+    add("--dry-run", action="store_true", help="print the resolved arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,14 @@
+"""Train the world model on encoded five-second clips; run it again to resume."""
+
+from __future__ import annotations
+
+from longtake.platform.observe.job import run_job
+from longtake.platform.train.run import run_stage
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_stage("stage1_gdn", argv, __doc__)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,63 @@
+"""H.264 files of uint8 frames."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+
+from longtake.platform.store.files import whole
+
+_BT709 = 1  # the number of ITU-R BT.709 in H.264's tables of primaries, transfers and matrices
+
+
+def write_video(path: Path, chunks: Iterable[np.ndarray], fps: float, crf: int = 18) -> int:
+    """Write chunks of frames, uint8 (f, H, W, 3), as MP4 (H.264, yuv420p, BT.709); returns the number of frames.
+
+    Chunks are encoded as they come, so memory does not grow with the length. The file appears when it is whole.
+    ValueError for no frames and for odd heights or widths, which yuv420p cannot hold.
+    """
+    frames = 0
+    with whole(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "medium"}
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        for chunk in chunks:
+            for image in chunk:
+                if frames == 0:
+                    stream.height, stream.width = image.shape[:2]
+                    if stream.height % 2 or stream.width % 2:
+                        raise ValueError(f"video of {stream.width} x {stream.height} pixels: both must be even")
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+                container.mux(stream.encode(frame))
+                frames += 1
+        if frames == 0:
+            raise ValueError(f"{path}: a video needs at least one frame")
+        container.mux(stream.encode())
+    return frames
+
+
+def encode_video(chunks: Iterable[np.ndarray], fps: float, crf: int = 18) -> bytes:
+    """The content of the file that `write_video` would write."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        write_video(path, chunks, fps, crf)
+        return path.read_bytes()
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames, uint8 (F, H, W, 3)."""
+    with av.open(str(path)) as container:
+        frames = [
+            frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+    return np.stack(frames)

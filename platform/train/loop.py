@@ -1,0 +1,223 @@
+"""The training loop of one worker: Ray Train starts it, DeepSpeed wraps the module, the stage says everything else.
+
+RUN/metrics.jsonl has a line every `log_every` steps; checkpoints/ what a re-run continues from; weights/ a weights
+folder with the moving average; loss.png, sample.png and sample.mp4 what a person looks at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longtake.model.objectives import build_objective
+from longtake.platform.train import checkpoint, results
+from longtake.platform.train.ema import EMA
+from longtake.platform.train.feed import Batch, LatentSource, Resident, open_source, stream
+from longtake.platform.train.log import Log
+from longtake.platform.train.muon import Muon, matrices_and_others
+from longtake.platform.train.order import Share
+from longtake.platform.train.schedule import Clock, learning_rate
+from longtake.platform.train.settings import Settings
+
+
+def train(settings: Settings) -> None:
+    """What every Ray Train worker runs: the stage from its newest checkpoint to its end."""
+    worker = Worker(settings)
+    worker.run()
+    worker.close()
+
+
+class Worker:
+    """One rank: module, optimiser, samples, and the step that it has reached."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.stage = settings, settings.stage
+        context = ray.train.get_context()
+        self.rank, self.workers = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        _prepare(self.device, self.workers)
+        self.micro, self.accumulation = self.stage.micro_batches(self.workers)
+        self.share = Share(self.rank, self.workers, self.micro)
+        torch.manual_seed(self.stage.seed)
+        init = settings.init.get({"vae": "vae"}.get(self.stage.objective, "dit"))
+        self.objective = build_objective(
+            self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
+        ).to(self.device)
+        self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
+        if self.device.type == "cuda" and self.stage.compile:
+            for name in self.stage.compiled:
+                self.objective.get_submodule(name).compile(mode=self.stage.compile)
+        self.engine = self._engine()
+        self.step, seconds = self._resume()
+        self.clock = Clock(self.stage.steps, settings.max_minutes and 60 * settings.max_minutes, seconds)
+        self.saved_step, self.saved_seconds = self.step, seconds
+        self.loss = torch.zeros(())
+        self.metrics: dict[str, Tensor] = {}
+        self.batches = self._batches()
+
+    def _engine(self) -> Any:
+        """DeepSpeed clips, accumulates, partitions and autocasts; parameters stay float32."""
+        import deepspeed
+
+        deepspeed.logger.setLevel("ERROR")
+        stage = self.stage
+        config = {
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": stage.grad_clip,
+            "zero_optimization": {"stage": stage.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 30,
+        }
+        if self.device.type == "cuda" and stage.dtype == "bfloat16":
+            # DeepSpeed turns off an autocast from outside. No safe modules: gradients are summed in float32.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        return deepspeed.initialize(
+            model=self.objective, optimizer=self._optimizer(), config=config, dist_init_required=False
+        )[0]
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        stage = self.stage
+        values: dict[str, Any] = dict(
+            lr=stage.learning_rate, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay
+        )
+        if stage.optimizer == "muon":
+            return Muon(*matrices_and_others(self.objective), **values)
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, **values, fused=self.device.type == "cuda")
+
+    def _batches(self) -> Iterator[Batch]:
+        """This worker's micro-batches from the one that it has reached."""
+        stage, settings = self.stage, self.settings
+        first, count = self.step * self.accumulation, (stage.steps - self.step) * self.accumulation
+        source = open_source(stage, settings.config, settings.data)
+        if stage.cache and isinstance(source, LatentSource):
+            where = self.device if stage.cache == "device" else torch.device("cpu")
+            return Resident(source, where, self.device).draw(self.share, first, count)
+        return stream(source, self.share, first, count, self.device)
+
+    def run(self) -> None:
+        """Train until the steps or the minutes are used up; ends with a checkpoint, the weights and their pictures."""
+        stage = self.stage
+        log = Log(self.settings.folder, stage, self.step) if self.rank == 0 else None
+        while True:
+            seconds = self.clock.tick(self.step)
+            progress = self.clock.progress(self.step)
+            minutes = (seconds - self.saved_seconds) / 60
+            at_steps = stage.checkpoint_steps and self.step % stage.checkpoint_steps == 0
+            due = at_steps or 0 < stage.checkpoint_minutes <= minutes
+            if progress >= 1 or (due and self.step > self.saved_step):
+                if self.step > self.saved_step:
+                    self._save()
+                self._write_results()
+            if progress >= 1:
+                break
+            rate = learning_rate(stage, self.step, progress)
+            self._update(rate)
+            if self.step % stage.log_every == 0 or self.step in (1, stage.steps):
+                values = self._averaged({"loss": self.loss, **self.metrics})
+                if log:
+                    log.write(self.step, values, rate, self.clock.now())
+
+    def _update(self, rate: float) -> None:
+        """One step of the optimiser over this worker's share of the batch. The same step draws the same numbers."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.loss = torch.zeros((), device=self.device)
+        for part in range(self.accumulation):
+            number = (self.step * self.accumulation + part) * self.workers + self.rank
+            generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
+            loss, self.metrics = self.engine(next(self.batches), generator)
+            self.engine.backward(loss)
+            self.engine.step()
+            self.loss += loss.detach() / self.accumulation
+        if self.ema:
+            self.ema.update()
+        self.step += 1
+
+    def _averaged(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """The values' means over all workers; waits for the device."""
+        means = torch.stack([value.detach().float() for value in values.values()])
+        if self.workers > 1:
+            dist.all_reduce(means)
+            means /= self.workers
+        return dict(zip(values, means.tolist(), strict=True))
+
+    def _save(self) -> None:
+        """A checkpoint of all workers. ValueError when training has diverged."""
+        self._check_finite()
+        folder = self.settings.folder / "checkpoints"
+
+        def write_files(partial: Path) -> None:
+            state = {"step": self.step, "seconds": self.clock.now(), "workers": self.workers}
+            if self.ema and self.rank == 0:
+                state["ema"] = self.ema.state_dict()
+            self.engine.save_checkpoint(str(partial), tag="state", client_state=state, save_latest=False)
+
+        checkpoint.write(folder, self.step, write_files, rank=self.rank, barrier=_barrier)
+        if self.rank == 0:
+            checkpoint.prune(folder, keep=2)
+        self.saved_step, self.saved_seconds = self.step, self.clock.agreed
+
+    def _check_finite(self) -> None:
+        parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        if not all(bool(torch.isfinite(p).all()) for p in (self.loss, *parameters)):
+            raise ValueError(
+                f"training diverged before step {self.step} (loss {self.loss.item():.4g}): lower learning_rate "
+                f"(now {self.stage.learning_rate}) with --set; run again to go on from step {self.saved_step}"
+            )
+
+    def _resume(self) -> tuple[int, float]:
+        """Step and seconds of the newest whole checkpoint of this run, (0, 0) without one."""
+        newest = checkpoint.newest(self.settings.folder / "checkpoints")
+        if newest is None:
+            return 0, 0.0
+        _, state = self.engine.load_checkpoint(str(newest), tag="state")
+        if state["workers"] != self.workers:
+            raise ValueError(f"{newest} was written by {state['workers']} workers: go on with that many --workers")
+        if self.ema and "ema" in state:
+            self.ema.load_state_dict(state["ema"])
+        return state["step"], state["seconds"]
+
+    def _write_results(self) -> None:
+        """RUN/weights and the pictures, from the averaged weights."""
+        with self._whole_weights(), self.ema.applied() if self.ema else contextlib.nullcontext():
+            if self.rank == 0:
+                results.export_weights(self.objective, self.settings.config, self.settings.init, self.settings.folder)
+                if self.stage.zero_stage < 3:  # its modules run on all workers or on none
+                    results.draw(self.objective, self.settings, self.device)
+        _barrier()
+
+    def _whole_weights(self) -> contextlib.AbstractContextManager:
+        if self.stage.zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.objective.parameters()))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.batches.close()  # type: ignore[attr-defined]
+
+
+def _prepare(device: torch.device, workers: int) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # Ray allows as many as CPUs it reserved
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,75 @@
+"""What a run leaves for people and for the next stage: a weights folder, a loss curve, a sample."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from longtake.model import weights
+from longtake.model.config import WorldModelConfig
+from longtake.model.objectives import Objective, VAEObjective, decode_sample
+from longtake.platform.evaluate.sheets import contact_sheet
+from longtake.platform.store.files import whole
+from longtake.platform.store.video import write_video
+from longtake.platform.train import log
+from longtake.platform.train.feed import open_source
+from longtake.platform.train.settings import Settings
+
+
+def export_weights(objective: Objective, config: WorldModelConfig, init: dict[str, str], folder: Path) -> None:
+    """FOLDER/weights: the trained parts beside those that the run started from; the old one stays until it is whole."""
+    partial = folder / "weights.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    weights.save_config(config, partial)
+    objective.export(partial)
+    for part, source in init.items():
+        name = weights.FOLDERS[part]
+        if not (partial / name).exists():
+            shutil.copytree(Path(source) / name, partial / name)
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    partial.rename(folder / "weights")
+
+
+def draw(objective: Objective, settings: Settings, device: torch.device) -> None:
+    """FOLDER/loss.png, and what the objective makes of one clip beside the true one, of the test split if there is one.
+
+    Latents become a picture only when the run was given an autoencoder.
+    """
+    folder = settings.folder
+    _loss_curve(folder)
+    if "vae" not in settings.init and not isinstance(objective, VAEObjective):
+        return
+    stage = settings.stage
+    try:
+        source = open_source(stage, settings.config, settings.data, split="test")
+    except ValueError:
+        source = open_source(stage, settings.config, settings.data)
+    batch = {name: torch.from_numpy(array.copy()).to(device) for name, array in source.batch(0, 1).items()}
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a sample's shape is not worth compiling
+        sample = objective.sample(batch, generator)
+        if isinstance(objective, VAEObjective):
+            true, made = sample.chunk(2, dim=2)
+        else:
+            vae = Path(settings.init["vae"])
+            true, made = (decode_sample(x.float(), settings.config, vae) for x in (batch["latents"], sample))
+    frames = {"true": true.cpu().numpy(), "made": made.cpu().numpy()}
+    contact_sheet(folder / "sample.png", frames)
+    write_video(folder / "sample.mp4", [np.concatenate(list(frames.values()), axis=2)], settings.config.fps)
+
+
+def _loss_curve(folder: Path) -> None:
+    records = log.read(folder)
+    if not records:
+        return
+    steps, loss = ([record[name] for record in records] for name in ("step", "loss"))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
+    axes.plot(steps, loss, linewidth=0.8)
+    axes.grid(alpha=0.3)
+    with whole(folder / "loss.png") as part:
+        figure.savefig(part, dpi=110)

@@ -1,0 +1,136 @@
+"""From a command line to a training run: every stage's job is `run_stage(name)`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import ray
+
+from longtake.model import presets, weights
+from longtake.model.checkpoint import local_folder
+from longtake.platform.observe import ray_cluster
+from longtake.platform.train import checkpoint, log, stages
+from longtake.platform.train.feed import open_source
+from longtake.platform.train.loop import train
+from longtake.platform.train.settings import Settings
+
+
+def run_stage(name: str, argv: list[str] | None = None, about: str | None = None) -> None:
+    """Train the stage called `name` as the arguments say. Run again, it goes on where its last checkpoint is."""
+    args = _parser(name, about).parse_args(argv)
+    settings = resolve(name, args)
+    if args.dry_run:
+        print(json.dumps(dataclasses.asdict(settings), indent=2))
+        return
+    launch(settings)
+    done = checkpoint.newest(settings.folder / "checkpoints")
+    print(f"step {checkpoint.step_of(done) if done else 0} of {settings.stage.steps}; results in {settings.folder}:")
+    for path in ("weights", "metrics.jsonl", "loss.png", "sample.png", "sample.mp4", "checkpoints"):
+        if (settings.folder / path).exists():
+            print(f"  {settings.folder / path}")
+
+
+def resolve(name: str, args: argparse.Namespace) -> Settings:
+    """The run that the arguments describe. ValueError for whatever can be known to be wrong before it starts."""
+    config = presets.get(args.preset)
+    stage = stages.override(stages.get(name, args.preset), args.set)
+    if args.steps is not None:
+        stage = dataclasses.replace(stage, steps=args.steps)
+    stage.micro_batches(args.workers)
+    if args.max_minutes is not None and args.max_minutes <= 0:
+        raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
+    init = find_parts(args.init)
+    if init.get("dit") != init.get("text"):
+        raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
+    if stage.init_from and "dit" not in init:
+        raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")
+    for folder in init.values():
+        weights.config_for(config, Path(folder))
+    data = args.data if "://" in args.data else str(Path(args.data).resolve())
+    return Settings(stage, config, data, str(Path(args.run).resolve()), init, args.workers, args.max_minutes)
+
+
+def find_parts(folders: list[str]) -> dict[str, str]:
+    """The weights folder of each part, over runs and weights folders; the last one given wins.
+
+    ValueError for a folder that is neither.
+    """
+    found: dict[str, str] = {}
+    for given in folders:
+        folder = local_folder(given)
+        if (folder / "weights").is_dir():
+            folder = folder / "weights"
+        parts = {part: str(folder.resolve()) for part, name in weights.FOLDERS.items() if (folder / name).is_dir()}
+        if not parts:
+            raise ValueError(
+                f"--init {given} is neither a run nor a weights folder: it holds none of "
+                f"{', '.join(f'{name}/' for name in weights.FOLDERS.values())}"
+            )
+        found |= parts
+    return found
+
+
+def launch(settings: Settings) -> None:
+    """Train on the Ray cluster that `connect` finds, on GPUs where it has them."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    open_source(settings.stage, settings.config, settings.data)
+    _write_record(settings)
+    ray_cluster.connect(num_cpus=settings.workers + 2)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < settings.workers:
+        raise ValueError(f"--workers {settings.workers} need a GPU each, the cluster has {gpus}")
+    # Ray's own bookkeeping of a run; ours is in RUN/checkpoints, whole or invisible.
+    scratch = settings.folder / ".ray"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"settings": settings},
+        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus > 0),
+        run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
+    )
+    try:
+        with log.shown(settings.folder, settings.stage):
+            trainer.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _worker(config: dict[str, Settings]) -> None:
+    train(config["settings"])
+
+
+def _write_record(settings: Settings) -> None:
+    """RUN/stage.json; ValueError when the folder belongs to another stage, model or order of clips."""
+    path = settings.folder / "stage.json"
+    record = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if path.is_file():
+        old = json.loads(path.read_text())
+        for where, key in (("stage", "name"), ("config", "name"), ("stage", "batch_size"), ("stage", "seed")):
+            if old[where][key] != record[where][key]:
+                raise ValueError(
+                    f"{settings.folder} belongs to a run whose {where} has {key} {old[where][key]!r}, not "
+                    f"{record[where][key]!r}: choose another --run"
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name.replace("_", "-"), description=about)
+    add = parser.add_argument
+    add("--preset", default="tiny", choices=presets.names())
+    add("--data", required=True, help="clip store (stage 0) or latent store: folder or s3://bucket/prefix")
+    add("--run", default=f"runs/{name}", help="folder of the results; seen by all workers (default: %(default)s)")
+    add("--init", action="append", default=[], metavar="FOLDER", help="run or weights to start from; may be repeated")
+    add("--workers", type=int, default=1, help="training processes, one a GPU")
+    add("--max-minutes", type=float, help="end by then; the learning rate's schedule follows the clock")
+    add("--steps", type=int, help="the most steps")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field of the stage")
+    add("--dry-run", action="store_true", help="print the resolved settings")
+    return parser

@@ -1,0 +1,247 @@
+"""Training through Ray Train and DeepSpeed, on a model of a few thousand parameters."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
+
+from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
+from longtake.model.weights import FOLDERS
+from longtake.platform.data.clip import Clip
+from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.data.store import ClipStore
+from longtake.platform.observe.job import user_message
+from longtake.platform.train import checkpoint, log, run, stages
+from longtake.platform.train.loop import train
+from longtake.platform.train.order import Order, Share
+from longtake.platform.train.settings import Settings
+
+pytestmark = pytest.mark.cpu
+
+MICRO = WorldModelConfig(
+    name="micro",
+    depth=4,
+    hidden_size=32,
+    num_heads=1,
+    head_dim=32,
+    latent_channels=8,
+    text_dim=16,
+    mlp_ratio=1.0,
+    image_size=(32, 64),
+    sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
+    text=TextConfig(kind="bytes", length=8, dim=16, depth=1),
+    refiner=RefinerConfig(num_layers=1, num_heads=1, head_dim=24, text_dim=16, lora_rank=0, sigmas=(0.5, 0.0)),
+    vae=dict(
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=(0, 0, 0, 0, 1),
+        decoder_block_out_channels=(8, 8, 16),
+        decoder_layers_per_block=(1, 0, 0, 0),
+        upsample_factor=(1, 1, 2),
+        decoder_spatial_padding_mode="zeros",
+    ),
+)
+FRAMES = 17
+
+
+POSES, PINHOLES = np.tile(np.eye(4, dtype=np.float32), (FRAMES, 1, 1)), np.full((FRAMES, 4), 32, np.float32)
+
+
+def make_clips(folder):
+    """A store of five clips of `FRAMES` frames."""
+    rng = np.random.default_rng(0)
+    store = ClipStore(folder)
+    videos = [rng.integers(0, 255, (FRAMES, 32, 64, 3), np.uint8) for _ in range(5)]
+    store.write_shard("a", [Clip(f"clip{i}", x, POSES, PINHOLES, 16, "a", 1, "CC0-1.0") for i, x in enumerate(videos)])
+    return store.uri
+
+
+def make_latents(folder):
+    rng = np.random.default_rng(0)
+    store = LatentStore(str(folder))
+    arrays = [rng.normal(size=(8, 3, 1, 2)).astype(np.float16) for _ in range(5)]
+    store.write_shard("a", [EncodedClip(f"clip{i}", x, POSES, PINHOLES, "a") for i, x in enumerate(arrays)])
+    return store.uri
+
+
+def settings(data, folder, name="stage0_vae", init=None, max_minutes=None, workers=1, **changes):
+    values = dict(
+        frames=FRAMES, window=9, batch_size=2, steps=4, schedule="constant", warmup=0, ema=0.9, log_every=1, compile=""
+    )
+    stage = dataclasses.replace(stages.get(name, "tiny"), **(values | changes))
+    return Settings(stage, MICRO, data, str(folder), init or {}, workers, max_minutes)
+
+
+def losses(folder):
+    return {record["step"]: record["loss"] for record in log.read(folder)}
+
+
+def weights(folder):
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted((folder / "weights").glob("*/*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def fit(scratch, all_settings, workers=1):
+    """Train one run after the other in one Ray Train job: starting one takes ten times as long as these runs."""
+
+    def train_all(config):
+        for each in config["runs"]:
+            train(each)
+
+    for each in all_settings:
+        each.folder.mkdir(parents=True, exist_ok=True)
+    TorchTrainer(
+        train_all,
+        train_loop_config={"runs": all_settings},
+        scaling_config=ScalingConfig(num_workers=workers),
+        run_config=RunConfig(storage_path=str(scratch)),
+    ).fit()
+
+
+@pytest.fixture(scope="module")
+def runs(ray_cluster, tmp_path_factory):
+    """Folder of finished runs, each named after what was special about it."""
+    folder = tmp_path_factory.mktemp("runs")
+    clips, latents = make_clips(folder / "clips"), make_latents(folder / "latents")
+
+    def flow(name, **changes):
+        return settings(latents, folder / name, "stage1_gdn", micro_batch_size=1, **changes)
+
+    init = {part: str(folder / run / "weights") for part, run in (("vae", "vae"), ("dit", "flow"), ("text", "flow"))}
+    one = [
+        settings(clips, folder / "vae"),
+        settings(clips, folder / "vae halved", steps=2),
+        settings(clips, folder / "vae halved"),
+        settings(clips, folder / "vae timed", steps=100_000, max_minutes=0.03, schedule="cosine"),
+        flow("flow"),
+        flow("flow halved", steps=2),
+        flow("flow halved", cache=None),
+        flow("flow muon", optimizer="muon"),
+        flow("flow muon halved", optimizer="muon", steps=2),
+        flow("flow muon halved", optimizer="muon"),
+        settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
+    ]
+    fit(folder / "ray", one)
+    fit(
+        folder / "ray", [flow(f"flow zero {n}", zero_stage=n, ema=0.0 if n == 3 else 0.9) for n in (0, 2, 3)], workers=2
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["vae", "flow", "flow muon"])
+def test_a_run_stopped_at_step_2_ends_as_if_it_never_stopped(name, runs):
+    assert list(losses(runs / name)) == [1, 2, 3, 4]
+    assert losses(runs / name) == losses(runs / f"{name} halved")
+    ours, theirs = weights(runs / name), weights(runs / f"{name} halved")
+    assert ours.keys() == theirs.keys() and ours
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_workers_train_like_one_that_accumulates(zero_stage, runs):
+    assert losses(runs / f"flow zero {zero_stage}") == pytest.approx(losses(runs / "flow"), rel=1e-4)
+
+
+def test_two_workers_average_and_export_the_same_weights(runs):
+    ours, theirs = weights(runs / "flow"), weights(runs / "flow zero 2")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
+    partitioned = weights(runs / "flow zero 3")
+    assert {key: value.shape for key, value in partitioned.items()} == {key: value.shape for key, value in ours.items()}
+
+
+def test_a_time_limit_ends_the_run_and_its_schedule(runs):
+    records = log.read(runs / "vae timed")
+    assert 0 < records[-1]["step"] < 100_000
+    assert records[-1]["lr"] < 0.5 * records[0]["lr"]
+
+
+def test_a_run_leaves_pictures_and_a_weights_folder_with_all_parts(runs):
+    for name in ("loss.png", "sample.png", "sample.mp4", "weights/vae/model.safetensors", "weights/config.json"):
+        assert (runs / "vae" / name).is_file()
+    assert {path.name for path in (runs / "refiner" / "weights").iterdir() if path.is_dir()} == {*FOLDERS.values()}
+    assert (runs / "refiner" / "sample.png").is_file()
+    assert sorted(run.find_parts([str(runs / "refiner")])) == ["dit", "refiner", "text", "vae"]
+
+
+def test_training_that_diverges_says_what_to_change(ray_cluster, tmp_path):
+    with pytest.raises(Exception) as error:
+        run.launch(settings(make_latents(tmp_path / "latents"), tmp_path / "run", "stage1_gdn", learning_rate=1e30))
+    assert "lower learning_rate (now 1e+30)" in (user_message(error.value) or "")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path):
+    def write_files(folder):
+        (folder / "state").write_bytes(bytes(9))
+
+    for step in (1, 2):
+        checkpoint.write(tmp_path, step, write_files, rank=0, barrier=lambda: None)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000002"
+    (tmp_path / "step-00000002" / "state").write_bytes(bytes(8))
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
+    (tmp_path / "step-00000001" / "COMPLETE").unlink()
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_an_epoch_draws_each_clip_as_often_as_the_stage_says():
+    order = Order(num_rows=7, seed=3, per_row=2)
+    first, second = order.rows(0, 14), order.rows(14, 14)
+    assert sorted(first) == sorted([*range(7)] * 2) == sorted(second)
+    assert list(first) != list(second)
+    assert list(order.rows(5, 20)) == [*first[5:], *second[:11]]
+
+
+def test_workers_share_a_batch_without_overlap():
+    shares = [Share(rank, workers=2, micro=3) for rank in range(2)]
+    starts = sorted(share.start(number) for share in shares for number in range(4))
+    assert starts == [*range(0, 24, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "learning_rat=1"], "did you mean 'learning_rate'"),
+        (["--set", "steps=many"], "must be of type int"),
+        (["--set", "batch_size"], "field=value"),
+        (["--workers", "3"], "must be a multiple of workers"),
+        (["--max-minutes", "0"], "must be positive"),
+        (["--init", "."], "neither a run nor a weights folder"),
+        (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
+    ],
+)
+def test_a_wrong_argument_ends_before_training(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run.run_stage("stage1_gdn", ["--data", "latents", *arguments])
+
+
+def test_a_stage_that_goes_on_from_another_asks_for_its_weights():
+    with pytest.raises(ValueError, match="starts from the weights of stage1_gdn: give its run with --init"):
+        run.run_stage("stage3_minute", ["--data", "latents"])
+
+
+def test_a_dry_run_prints_the_resolved_settings(capsys):
+    run.run_stage("stage0_vae", ["--data", "clips", "--dry-run", "--set", "options.kl_weight=0.5", "--steps", "9"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["stage"]["options"] == {"kl_weight": 0.5} and printed["stage"]["steps"] == 9
+
+
+def test_missing_clips_are_reported_before_ray_starts(tmp_path):
+    with pytest.raises(ValueError, match="render-worlds"):
+        run.launch(settings(str(tmp_path / "none"), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_not_overwritten(tmp_path):
+    clips = make_clips(tmp_path / "clips")
+    run._write_record(settings(clips, tmp_path / "run"))
+    with pytest.raises(ValueError, match="choose another --run"):
+        run._write_record(settings(clips, tmp_path / "run", seed=1))
