@@ -1,0 +1,216 @@
+"""Roll out many videos from images, score them, refine the best; leaves videos, a table and a page.
+
+Run again with the same --out it continues: what is finished is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+import longtake
+from longtake.model import presets, weights
+from longtake.model.camera import KEY_MAPS, Trajectory, intrinsics_from_fov, parse_actions
+from longtake.model.config import WorldModelConfig
+from longtake.model.pipeline import WorldPipeline
+from longtake.platform.observe import measurements, ray_cluster
+from longtake.platform.observe.job import run_job
+from longtake.platform.search.actors import Generator, ModelSpec, RefineWriter, start_pool
+from longtake.platform.search.plan import (
+    ACTIONS,
+    Candidate,
+    StartImage,
+    fingerprint,
+    load_images,
+    long_actions,
+    make_candidate,
+    make_plan,
+)
+from longtake.platform.search.run import Search
+from longtake.platform.store.run_folder import RunFolder
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    config, folder = model_of(args)
+    trajectories = trajectories_of(args, config)
+    frame = WorldPipeline(config, {})
+    images = load_images(args.images or [folder / "images"], frame.prepare_image, args.prompt, args.licence)
+    model = f"{config.name} {fingerprint(folder)} {config.sampler} {args.num_steps} {config.refiner}"
+    candidates = make_plan(images, trajectories, range(args.seed, args.seed + args.seeds), model)
+    if args.dry_run:
+        print(json.dumps(resolved(args, config, folder, candidates), indent=2))
+        return
+    started = time.monotonic()
+    run = RunFolder(args.out)
+    started_pools = functools.cache(lambda: pools(args, folder))
+    about = {"model": config.name, "weights": fingerprint(folder), "longtake": longtake.__version__}
+    about |= {"generator": "longtake search-refine", "num_steps": args.num_steps or config.sampler.num_steps}
+    search = Search(candidates, run, args.top_k, about, args.batch_size)
+    work = search.pending
+    search.execute(started_pools)
+    print(
+        f"{work} videos made or refined in {time.monotonic() - started:.0f} s, {search.total - work} were there already"
+    )
+    if args.long:
+        chosen = long_candidate(args, config, search.best().image, model)
+        Search([chosen], run, 1, about).execute(started_pools, label=f"{args.long:.0f} s video")
+        if args.measure:
+            measure(run, chosen, config)
+    print(f"page: {(run.path / 'index.html').resolve()}")
+    run.close()
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())}")
+    add("--weights", help="folder or hf://owner/name; by default those shipped with the preset")
+    add("--images", type=Path, nargs="+", help="images or folders of images; by default those shipped with the weights")
+    add("--prompt", help="caption of every image; by default the text file beside each")
+    add("--licence", help="of the images; by default the first line of licence.txt beside them")
+    add("--actions", action="append", help=f"keys and frames, repeatable; by default {' '.join(ACTIONS)}")
+    add("--trajectory", type=Path, action="append", help="poses c2w (F, 4, 4) as .npy, or a saved .npz; repeatable")
+    add("--key-map", default="official", choices=KEY_MAPS)
+    add("--translation-speed", type=float, help="metres a second; by default the key map's")
+    add("--rotation-speed", type=float, help="degrees a second; by default the key map's")
+    add("--fov", type=float, default=75.0, help="horizontal field of view in degrees")
+    add("--seed", type=int, default=0, help="the first seed")
+    add("--seeds", type=int, default=1, help="seeds for each image and trajectory")
+    add("--top-k", type=int, default=1, help="videos refined for each image")
+    add("--long", type=float, default=60.0, help="seconds of one long video from the best image; 0 for none")
+    add("--long-actions", help="keys and frames of the long video; by default a walk")
+    add("--num-steps", type=int, help="sampling steps; by default the preset's")
+    add("--batch-size", type=int, default=1, help="candidates rolled out together")
+    add("--generators", type=int, default=1, help="actors of stage 1")
+    add("--refiners", type=int, default=1, help="actors of stage 2")
+    add("--gpus-per-actor", type=float, help="by default the cluster's GPUs are shared out evenly")
+    add("--out", type=Path, default=Path("runs/search"))
+    add("--measure", action="store_true", help="write docs/measurements/PRESET_DEVICE.json from the long video")
+    add("--dry-run", action="store_true", help="print what would be done as JSON")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "top_k", "batch_size", "generators", "refiners"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.measure and not args.long:
+        raise ValueError("--measure needs the long video: give --long 60")
+    if args.long < 0:
+        raise ValueError(f"--long must be seconds, or 0 for no long video, not {args.long}")
+    return args
+
+
+def model_of(args: argparse.Namespace) -> tuple[WorldModelConfig, Path]:
+    """The configuration and the weights' folder, checked before anything is loaded."""
+    config = presets.get(args.preset)
+    folder = weights.resolve(config, args.weights)
+    missing = [name for name in weights.FOLDERS.values() if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]}/: it holds no weights of preset {config.name!r}")
+    return weights.config_for(config, folder), folder
+
+
+def trajectories_of(args: argparse.Namespace, config: WorldModelConfig) -> dict[str, Trajectory]:
+    """By name, with intrinsics for the preset's image size. ValueError for lengths that the autoencoder cannot hold."""
+    given = args.actions or ([] if args.trajectory else list(ACTIONS))
+    found = {text: walk(args, config, text) for text in given}
+    for path in args.trajectory or ():
+        if path.suffix == ".npz":
+            found[path.stem] = Trajectory.load(path).resized(config.image_size)
+        else:
+            intrinsics = intrinsics_from_fov(args.fov, config.image_size)
+            found[path.stem] = Trajectory.from_npy(path, intrinsics, config.image_size, config.fps)
+    if args.long_actions:
+        check_length("--long-actions", walk(args, config, args.long_actions), config)
+    for name, trajectory in found.items():
+        check_length(name, trajectory, config)
+    return found
+
+
+def check_length(name: str, trajectory: Trajectory, config: WorldModelConfig) -> None:
+    stride, frames = config.vae_stride[0], trajectory.num_frames
+    if (frames - 1) % stride or frames == 1:
+        near = max(1, round((frames - 1) / stride)) * stride
+        raise ValueError(
+            f"trajectory {name} has {frames} poses: give a multiple of {stride} and one more, such as {near + 1}"
+        )
+    if (frames - 1) // stride + 1 > config.max_latent_frames:
+        most = (config.max_latent_frames - 1) * stride / config.fps
+        raise ValueError(f"trajectory {name} lasts {trajectory.duration:.0f} s: this model makes {most:.0f} s at most")
+
+
+def walk(args: argparse.Namespace, config: WorldModelConfig, text: str) -> Trajectory:
+    return parse_actions(
+        text,
+        args.key_map,
+        config.fps,
+        translation_speed=args.translation_speed,
+        rotation_speed=args.rotation_speed,
+        fov_deg=args.fov,
+        image_size=config.image_size,
+    )
+
+
+def pools(args: argparse.Namespace, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Generators and refine writers, on GPUs where the cluster has some."""
+    ray_cluster.connect(num_cpus=args.generators + args.refiners + 2)
+    resources, actors = ray.cluster_resources(), args.generators + args.refiners
+    if resources.get("CPU", 0) < actors:
+        raise ValueError(f"the cluster has {resources.get('CPU', 0):.0f} CPUs for {actors} actors: start fewer")
+    gpus = resources.get("GPU", 0)
+    share = min(1.0, gpus / actors) if args.gpus_per_actor is None else args.gpus_per_actor
+    if share * actors > gpus:
+        raise ValueError(f"the cluster has {gpus:.0f} GPUs for {actors} actors of {share} each: start fewer, or share")
+    device, dtype = ("cuda", torch.bfloat16) if share else ("cpu", torch.float32)
+    threads = max(1, (os.cpu_count() or 1) // args.generators)
+    where = (
+        args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
+    )
+    spec = ModelSpec(args.preset, where, device, dtype, args.num_steps, threads)
+    # Fractions must fit into whole GPUs, so they are rounded down.
+    share = share if share in (0, 1) or args.gpus_per_actor else int(share * 100) / 100
+    return start_pool(Generator, spec, args.generators, share), start_pool(RefineWriter, spec, args.refiners, share)
+
+
+def long_candidate(args: argparse.Namespace, config: WorldModelConfig, image: StartImage, model: str) -> Candidate:
+    """One video of --long seconds from `image`."""
+    text = args.long_actions or long_actions(args.long, config.fps, args.key_map, config.vae_stride[0], args.seed)
+    trajectory = walk(args, config, text)
+    check_length("of --long", trajectory, config)
+    return make_candidate(image, f"{trajectory.duration:.0f} s", trajectory, args.seed, model, purpose="long")
+
+
+def measure(run: RunFolder, chosen: Candidate, config: WorldModelConfig) -> None:
+    """Write the cost of the long video, of both stages together."""
+    record, refined = run.record(chosen.key), run.refined(chosen.key)
+    assert record is not None and refined is not None
+    seconds = record["cost"]["seconds"] + refined["cost"]["seconds"]
+    name = f"{config.name}_{record['cost']['device']}".replace("-", "_")
+    figures = {
+        f"seconds_for_{chosen.trajectory.duration:.0f}s_video": seconds,
+        "peak_gb": max(record["cost"]["peak_gb"], refined["cost"]["peak_gb"]),
+    }
+    print(f"measured: {measurements.write(name, figures)}")
+
+
+def resolved(
+    args: argparse.Namespace, config: WorldModelConfig, folder: Path, candidates: list[Candidate]
+) -> dict[str, Any]:
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    for name in ("images", "trajectory"):
+        options[name] = None if options[name] is None else [str(path) for path in options[name]]
+    images = sorted({candidate.image.name for candidate in candidates})
+    plan = {"images": images, "candidates": len(candidates), "weights": str(folder)}
+    return {"job": "search-refine", "options": options, "plan": plan, "config": dataclasses.asdict(config)}
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,186 @@
+"""The two pools of a search: generators make and score rollouts, refine writers refine, decode and encode."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from longtake.model.camera import CameraFeatures
+from longtake.model.pipeline import WorldPipeline
+from longtake.platform.evaluate.scores import score
+from longtake.platform.search.plan import Candidate
+from longtake.platform.store.video import encode_video
+
+_LATENTS_OF_LONG = 11  # five seconds
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How an actor loads its part of the model. threads: of torch, on a CPU."""
+
+    preset: str
+    weights: str | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    num_steps: int | None = None
+    threads: int = 1
+
+    def load(self, *parts: str) -> WorldPipeline:
+        torch.set_num_threads(self.threads)
+        return WorldPipeline.from_pretrained(self.preset, self.weights, self.device, self.dtype, parts)
+
+
+@dataclass
+class Made:
+    """A rollout with its scores. latents: (C, T, h, w) float16. cost: of the rollout alone, see `_cost`."""
+
+    latents: np.ndarray
+    scores: dict[str, float]
+    cost: dict[str, Any]
+
+
+@dataclass
+class Refined:
+    """A refined video as MP4, its scores, and its frames where they are few enough to be a clip of a store."""
+
+    video: bytes
+    frames: np.ndarray | None
+    scores: dict[str, float]
+    cost: dict[str, Any]
+
+
+class Generator:
+    """Stage 1: text, rollout, decoding, scores."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+
+    @cached_property
+    def pipeline(self) -> WorldPipeline:
+        """Loaded by the first call: Ray passes on what a method raised, but not the error of a constructor."""
+        return self.model.load("text", "vae", "dit")
+
+    @cached_property
+    def negative(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Features of the negative prompt, where the preset uses guidance."""
+        guided = self.pipeline.config.sampler.guidance_scale != 1
+        return self.pipeline.encode_text([""], negative=True) if guided else None
+
+    def make(self, candidates: list[Candidate], latents: list[np.ndarray | None]) -> list[Made]:
+        """Roll out candidates of equal length together; those whose latents an earlier run left are only scored."""
+        pipeline, started = self.pipeline, time.monotonic()
+        todo = [candidate for candidate, known in zip(candidates, latents, strict=True) if known is None]
+        fresh = iter(self._rollouts(todo)) if todo else iter(())
+        seconds = (time.monotonic() - started) / max(1, len(todo))
+        cost = _cost(seconds, pipeline)
+        whole = [known if known is not None else next(fresh) for known in latents]
+        return [
+            Made(stored, self._scores(candidate, stored), cost)
+            for candidate, stored in zip(candidates, whole, strict=True)
+        ]
+
+    def _rollouts(self, candidates: list[Candidate]) -> list[np.ndarray]:
+        pipeline, config = self.pipeline, self.pipeline.config
+        start = torch.cat([pipeline.encode_image(candidate.image.pixels) for candidate in candidates])
+        text, mask = pipeline.encode_text([candidate.image.caption for candidate in candidates])
+        camera = CameraFeatures.cat([c.trajectory.features(config.image_size, config.vae_stride) for c in candidates])
+        negative = None
+        if self.negative is not None:
+            negative = (self.negative[0].expand(len(text), -1, -1), self.negative[1].expand(len(text), -1))
+        seeds = [candidate.seed for candidate in candidates]
+        latents = pipeline.rollout(start, text, mask, camera, seeds, self.model.num_steps, negative=negative)
+        return [part.cpu().numpy().astype(np.float16) for part in latents]
+
+    def _scores(self, candidate: Candidate, latents: np.ndarray) -> dict[str, float]:
+        """Of the one long video nothing depends on these scores, so only its beginning is decoded here."""
+        if candidate.purpose == "long":
+            latents = latents[:, :_LATENTS_OF_LONG]
+        frames = (latents.shape[1] - 1) * self.pipeline.config.vae_stride[0] + 1
+        return _score(candidate, _Sample(frames).of(self.pipeline.decode_chunks(_batch(latents, self.pipeline))))
+
+
+class RefineWriter:
+    """Stage 2: text, refiner, decoding, MP4."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+
+    @cached_property
+    def pipeline(self) -> WorldPipeline:
+        return self.model.load("text", "vae", "refiner")
+
+    def refine(self, candidate: Candidate, latents: np.ndarray) -> Refined:
+        """latents: (C, T, h, w) float16 of stage 1."""
+        pipeline, started = self.pipeline, time.monotonic()
+        text, mask = pipeline.encode_text([candidate.image.caption])
+        refined = pipeline.refine(_batch(latents, pipeline), text, mask, [candidate.seed])
+        sample = _Sample(candidate.trajectory.num_frames)
+        video = encode_video(sample.passing(pipeline.decode_chunks(refined)), candidate.trajectory.fps)
+        cost = _cost(time.monotonic() - started, pipeline)
+        frames = sample.frames() if sample.whole else None
+        return Refined(video, frames, _score(candidate, sample), cost)
+
+
+class _Sample:
+    """What of a video is kept for scoring: all frames of a short one, the first and last ten seconds of a long one."""
+
+    most = 320
+
+    def __init__(self, num_frames: int) -> None:
+        self.whole = num_frames <= self.most
+        half = self.most // 2
+        kept = range(num_frames) if self.whole else (*range(half), *range(num_frames - half, num_frames))
+        self.indices = np.array(kept)
+        self._wanted = set(kept)
+        self._kept: list[np.ndarray] = []
+
+    def passing(self, chunks: Any) -> Any:
+        """Hand `chunks` of frames on, keeping what is wanted of them."""
+        index = 0
+        for chunk in chunks:
+            for frame in chunk:
+                if index in self._wanted:
+                    self._kept.append(frame)
+                index += 1
+            yield chunk
+
+    def of(self, chunks: Any) -> _Sample:
+        for _ in self.passing(chunks):
+            pass
+        return self
+
+    def frames(self) -> np.ndarray:
+        return np.stack(self._kept)
+
+
+def _score(candidate: Candidate, sample: _Sample) -> dict[str, float]:
+    trajectory = candidate.trajectory
+    c2w, intrinsics = trajectory.c2w.numpy()[sample.indices], trajectory.intrinsics.numpy()[sample.indices]
+    return score(sample.frames(), c2w, intrinsics, trajectory.fps, sample.indices)
+
+
+def _batch(latents: np.ndarray, pipeline: WorldPipeline) -> torch.Tensor:
+    return torch.from_numpy(latents.astype(np.float32))[None].to(pipeline.device)
+
+
+def _cost(seconds: float, pipeline: WorldPipeline) -> dict[str, Any]:
+    """Seconds, and the most memory this process has held, in 1e9 bytes: the GPU's where it uses one."""
+    if pipeline.device.type == "cuda":
+        held = torch.cuda.max_memory_allocated()
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "peak_gb": held / 1e9, "device": pipeline.device.type}
+
+
+def start_pool(kind: type, model: ModelSpec, count: int, num_gpus: float) -> list[Any]:
+    """`count` actors of a kind; Ray restarts one that dies and repeats what it was doing, twice at most."""
+    options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 2, "max_task_retries": 2}
+    remote = ray.remote(kind).options(**options)  # type: ignore[call-overload]
+    return [remote.remote(model) for _ in range(count)]

@@ -1,0 +1,164 @@
+"""The search itself: one driver feeds both pools and writes what comes back.
+
+An image's best candidates go to the refiners as soon as all of that image's candidates are scored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from longtake.platform.data.clip import Clip
+from longtake.platform.observe.progress import Progress
+from longtake.platform.search.actors import Made, Refined
+from longtake.platform.search.plan import Candidate
+from longtake.platform.store.page import write_page
+from longtake.platform.store.run_folder import RunFolder
+from longtake.platform.store.table import write_table
+
+
+class Pool:
+    """Actors of one kind, each with at most one call under way."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self.idle = list(actors)
+        self.busy: dict[ray.ObjectRef, tuple[Any, Any]] = {}
+
+    def call(self, method: str, work: Any, *arguments: Any) -> None:
+        """Have an idle actor do `work`."""
+        actor = self.idle.pop()
+        self.busy[getattr(actor, method).remote(*arguments)] = (actor, work)
+
+    def take(self, done: ray.ObjectRef) -> tuple[Any, Any]:
+        """The work of a finished call and its result; raises what the actor raised."""
+        actor, work = self.busy.pop(done)
+        self.idle.append(actor)
+        return work, ray.get(done)
+
+
+class Search:
+    """Scores `candidates`, refines the `top_k` best of each image, and keeps `run`'s table and page up to date."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        run: RunFolder,
+        top_k: int,
+        provenance: dict[str, Any],
+        batch_size: int = 1,
+    ) -> None:
+        self.run, self.provenance, self.batch_size, self.top_k = run, provenance, batch_size, top_k
+        self.groups: dict[str, list[Candidate]] = {}
+        for candidate in candidates:
+            self.groups.setdefault(candidate.image.name, []).append(candidate)
+        self.scores: dict[str, float] = {}
+        self.to_make = deque(candidate for candidate in candidates if not self._known(candidate))
+        self.to_refine: deque[Candidate] = deque()
+        self.chosen: list[Candidate] = []
+        for image in self.groups:
+            self._choose(image)
+        refined = sum(min(top_k, len(group)) for group in self.groups.values())
+        self.total = len(candidates) + refined
+        self.pending = len(self.to_make) + refined - (len(self.chosen) - len(self.to_refine))
+
+    def execute(self, pools: Callable[[], tuple[Sequence[Any], Sequence[Any]]], label: str = "search") -> None:
+        """Work until nothing is left. An actor's error ends the search; all that came back before it is kept.
+
+        pools: gives the generators and the refine writers; not called when nothing is left to do.
+        """
+        if self.pending:
+            generators, writers = pools()
+            self._work(Pool(generators), Pool(writers), label)
+        self.publish()
+
+    def _work(self, makers: Pool, refiners: Pool, label: str) -> None:
+        with Progress(self.total, "clips", label, initial=self.total - self.pending) as progress:
+            while True:
+                while makers.idle and self.to_make:
+                    batch = self._next_batch()
+                    known = [self.run.rollout(candidate.key) for candidate in batch]
+                    makers.call("make", batch, batch, [None if one is None else one["latents"] for one in known])
+                while refiners.idle and self.to_refine:
+                    candidate = self.to_refine.popleft()
+                    rollout = self.run.rollout(candidate.key)
+                    assert rollout is not None, candidate.key
+                    refiners.call("refine", candidate, candidate, rollout["latents"])
+                under_way = [*makers.busy, *refiners.busy]
+                if not under_way:
+                    break
+                done = ray.wait(under_way)[0][0]
+                if done in makers.busy:
+                    batch, results = makers.take(done)
+                    for candidate, made in zip(batch, results, strict=True):
+                        self._keep_made(candidate, made)
+                    progress.update(len(batch), follow=results[-1].scores["follow"])
+                else:
+                    candidate, refined = refiners.take(done)
+                    self._keep_refined(candidate, refined)
+                    progress.update(1)
+
+    def publish(self) -> None:
+        """Rewrite the table and the page."""
+        write_page(write_table(self.run))
+
+    def best(self) -> Candidate:
+        """The chosen candidate of highest score."""
+        return max(self.chosen, key=lambda candidate: (self.scores[candidate.key], candidate.key))
+
+    def _next_batch(self) -> list[Candidate]:
+        """Candidates of one length, which can be rolled out together."""
+        batch = [self.to_make.popleft()]
+        length = batch[0].trajectory.num_frames
+        while self.to_make and len(batch) < self.batch_size and self.to_make[0].trajectory.num_frames == length:
+            batch.append(self.to_make.popleft())
+        return batch
+
+    def _known(self, candidate: Candidate) -> bool:
+        record = self.run.record(candidate.key)
+        if record is not None:
+            self.scores[candidate.key] = record["scores"]["total"]
+        return record is not None
+
+    def _choose(self, image: str) -> None:
+        """Queue an image's best for the refiners, once all of its candidates are scored."""
+        group = self.groups[image]
+        if any(candidate.key not in self.scores for candidate in group):
+            return
+        best = sorted(group, key=lambda candidate: (-self.scores[candidate.key], candidate.key))[: self.top_k]
+        self.chosen += best
+        self.to_refine += [candidate for candidate in best if self.run.refined(candidate.key) is None]
+
+    def _keep_made(self, candidate: Candidate, made: Made) -> None:
+        trajectory = candidate.trajectory
+        if self.run.rollout(candidate.key) is None:
+            self.run.write_rollout(candidate.key, made.latents, trajectory.c2w.numpy(), trajectory.intrinsics.numpy())
+        results = {"scores": made.scores, "cost": made.cost, "provenance": self.provenance}
+        self.run.write_record(candidate.key, candidate.described() | results)
+        self.scores[candidate.key] = made.scores["total"]
+        self._choose(candidate.image.name)
+
+    def _keep_refined(self, candidate: Candidate, refined: Refined) -> None:
+        if refined.frames is not None:
+            self.run.clips.write_shard(candidate.key, [self._clip(candidate, refined)])
+        record = {"scores": refined.scores, "cost": refined.cost, "provenance": {"refined": True}}
+        self.run.write_refined(candidate.key, refined.video, record)
+        self.publish()
+
+    def _clip(self, candidate: Candidate, refined: Refined) -> Clip:
+        assert refined.frames is not None
+        trajectory = candidate.trajectory
+        return Clip(
+            key=candidate.key,
+            frames=refined.frames,
+            c2w=trajectory.c2w.numpy(),
+            intrinsics=trajectory.intrinsics.numpy(),
+            fps=trajectory.fps,
+            caption=candidate.image.caption,
+            metric_scale=1.0,
+            licence=candidate.image.licence,
+            provenance=self.provenance | {"seed": candidate.seed, "image": candidate.image.name},
+            actions=trajectory.actions,
+        )

@@ -1,0 +1,152 @@
+"""Identification of true renderings, and the job that measures a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from longtake.jobs import evaluate_worlds
+from longtake.model.camera import parse_actions
+from longtake.model.config import SamplerConfig, TextConfig, WorldModelConfig
+from longtake.model.pipeline import WorldPipeline
+from longtake.platform.data.clip import Clip
+from longtake.platform.data.store import ClipStore
+from longtake.platform.evaluate.identification import fans, identify, psnr_db
+from longtake.platform.observe.job import run_job
+
+pytestmark = pytest.mark.cpu
+
+WAYS = ("a-16", "d-16", "aw-16")
+
+
+def panned(shift: int, seed: int = 0) -> np.ndarray:
+    """17 frames of a smooth picture that moves `shift` pixels a frame."""
+    picture = cv2.GaussianBlur(np.random.default_rng(seed).integers(0, 256, (64, 240, 3), dtype=np.uint8), (0, 0), 3)
+    picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)  # type: ignore[call-overload]
+    return np.stack([picture[:, 70 + shift * i : 166 + shift * i] for i in range(17)])
+
+
+def test_the_nearest_rendering_is_found_through_blur_noise_and_brightness():
+    renderings = [panned(shift) for shift in (-4, -2, 0, 2, 4)]
+    grain = np.random.default_rng(1).normal(0, 12, renderings[3].shape)
+    seen = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in renderings[3]]) * 0.7 + grain
+    seen[:, :8] = 0  # an eighth of the picture is wrong
+    nearest, distances = identify(np.clip(seen, 0, 255).astype(np.uint8), renderings)
+    assert nearest == 3 and len(distances) == 5
+
+
+def test_a_still_video_is_taken_for_the_still_rendering():
+    renderings = [panned(shift) for shift in (-4, 0, 4)]
+    assert identify(np.repeat(renderings[2][:1], 17, axis=0), renderings)[0] == 1
+
+
+def test_psnr_is_that_of_the_definition():
+    grey = np.full((2, 4, 4, 3), 100, np.uint8)
+    assert psnr_db(grey, grey + 5) == pytest.approx(10 * np.log10(255**2 / 25))
+
+
+def test_fans_are_sorted_by_number():
+    keys = [f"{start}/{index}" for start in ("b", "a") for index in (10, 2, 0)]
+    assert fans(keys) == {"a": ["a/0", "a/2", "a/10"], "b": ["b/0", "b/2", "b/10"]}
+
+
+@pytest.mark.parametrize("keys", [["hall"], ["hall/x"], ["a/0", "a/1", "b/0"], ["a/0"], []])
+def test_keys_that_are_no_fans_are_refused(keys):
+    with pytest.raises(ValueError, match="START|same number"):
+        fans(keys)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> list[str]:
+    """A tiny model of random weights, and a store of two starts with three renderings each."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = WorldModelConfig(
+        name="tiny",
+        depth=4,
+        hidden_size=64,
+        num_heads=2,
+        head_dim=32,
+        latent_channels=16,
+        text_dim=32,
+        mlp_ratio=1.0,
+        image_size=(64, 96),
+        sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
+        text=TextConfig(kind="bytes", length=12, dim=32, depth=1),
+        vae=dict(
+            block_out_channels=(16, 32, 32, 32),
+            layers_per_block=(0, 0, 0, 0, 1),
+            decoder_block_out_channels=(16, 16, 32),
+            decoder_layers_per_block=(1, 0, 0, 0),
+            upsample_factor=(1, 1, 2),
+            decoder_spatial_padding_mode="zeros",
+        ),
+    )
+    WorldPipeline.from_config(config, parts=("text", "vae", "dit")).save_pretrained(folder / "weights")
+    walks = {text: parse_actions(text, image_size=(64, 96)) for text in WAYS}
+    clips = [
+        Clip(
+            key=f"{start}/{way}",
+            frames=panned(way - 1, start),
+            c2w=walks[text].c2w.numpy(),
+            intrinsics=walks[text].intrinsics.numpy(),
+            fps=16,
+            caption="a hall",
+            metric_scale=1.0,
+            licence="CC0-1.0",
+            split="test",
+        )
+        for start in range(2)
+        for way, text in enumerate(WAYS)
+    ]
+    ClipStore(folder / "fan").write_shard("fan", clips)
+    return ["--weights", str(folder / "weights"), "--store", str(folder / "fan"), "--out", str(folder / "out")]
+
+
+def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
+    written: dict[str, float] = {}
+    monkeypatch.setattr(evaluate_worlds.measurements, "write", lambda name, figures: written.update(figures, name=name))
+    options = ["--batch-size", "2", "--long", "3", "--long-videos", "1", "--limit", "2", "--device", "cpu"]
+    evaluate_worlds.main([*command, *options])
+    assert written.pop("name") == "tiny_quality"
+    assert set(written) == {
+        "vae_psnr_db",
+        "identification_3way",
+        "identification_3way_no_camera",
+        "starts",
+        "sharpness_drift_3s",
+        "color_drift_3s",
+    }
+    assert 0 <= written["identification_3way"] <= 1
+    out = Path(command[-1])
+    names = {
+        "vae_00.png",
+        "vae_01.png",
+        "camera_00.png",
+        "camera_01.png",
+        "no_camera_00.png",
+        "no_camera_01.png",
+        "long_00.png",
+    }
+    assert {path.name for path in out.iterdir()} == names
+    assert Image.open(out / "camera_00.png").width == 6 * 96
+
+
+def test_a_dry_run_prints_what_would_be_done(command, capsys):
+    evaluate_worlds.main([*command, "--dry-run"])
+    assert json.loads(capsys.readouterr().out)["starts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [(["--store", "nowhere"], "no clips in nowhere"), (["--starts", "0", "--limit", "0"], "nothing to measure")],
+)
+def test_a_mistake_is_one_line(command, extra, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_job(evaluate_worlds.main, [*command, *extra])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
