@@ -7,6 +7,7 @@ release reads, and for diffusers `y_embedder.y_embedding`, the caption of no tex
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,14 @@ _NULL_CAPTION = "y_embedder.y_embedding"
 _TO_DIFFUSERS = {"t_embedder.mlp.0.": "t_embedder.linear_1.", "t_embedder.mlp.2.": "t_embedder.linear_2."}
 
 
-def from_official(state_dict: Mapping[str, Tensor], config: WorldModelConfig) -> dict[str, Tensor]:
+def from_official(
+    state_dict: Mapping[str, Tensor | Mapping[str, Tensor]], config: WorldModelConfig
+) -> dict[str, Tensor]:
     """Ours from an official state dict, also one inside {"generator": ...} or with names that begin with `model.`.
 
     ValueError naming a tensor that is missing, extra or of another shape than `config` makes it.
     """
-    inner = state_dict.get("generator", state_dict)
+    inner: Any = state_dict.get("generator", state_dict)
     assert isinstance(inner, Mapping)
     stripped = {name.removeprefix("model."): tensor for name, tensor in inner.items()}
     stripped.pop(_UNUSED, None)

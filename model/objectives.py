@@ -8,6 +8,7 @@ of config.image_size.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,10 @@ class VAEObjective(nn.Module):
     batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1.
     """
 
+    latent_moments: Tensor
+
     def __init__(
-        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.5, kl_weight: float = 2e-3
+        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.25, kl_weight: float = 1e-5
     ):
         super().__init__()
         self.vae = build_vae(config)
@@ -41,11 +44,11 @@ class VAEObjective(nn.Module):
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
         pixels = to_pixels(batch["frames"])
-        posterior = self.vae.encode(pixels).latent_dist
+        posterior = self.vae.encode(pixels, return_dict=False)[0]
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        decoded = self.vae.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
-        error = decoded - pixels
+        decoded = self.vae.decode(mean + (0.5 * logvar).exp() * noise, return_dict=False)[0]
+        error = decoded.float() - pixels
         squared = error.square().mean()
         edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -63,7 +66,8 @@ class VAEObjective(nn.Module):
     def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """True frames beside reconstructed ones: uint8 (F, H, 2 W, 3)."""
         frames = batch["frames"][:1]
-        decoded = self.vae.decode(self.vae.encode(to_pixels(frames)).latent_dist.mode()).sample
+        posterior = self.vae.encode(to_pixels(frames), return_dict=False)[0]
+        decoded = self.vae.decode(posterior.mode(), return_dict=False)[0]
         return torch.cat([frames, to_uint8(decoded)], dim=3)[0]
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -242,5 +246,5 @@ def build_objective(
 
 def decode_sample(latents: Tensor, config: WorldModelConfig, vae_folder: Path) -> Tensor:
     """Pixels uint8 (F, H, W, 3) of the first clip of `latents`."""
-    vae = weights.load_part(build_vae(config), vae_folder, "vae").to(latents.device)
+    vae: Any = weights.load_part(build_vae(config), vae_folder, "vae").to(latents.device)
     return torch.cat(list(decode_latents(vae, latents[:1])), dim=1)[0]

@@ -136,9 +136,9 @@ class WorldPipeline:
         negative prompt, needed when the preset's guidance_scale is not 1. progress(step, steps) is called after each
         step.
         """
-        if camera is None and num_latent_frames is None:
-            raise ValueError("give a camera, or num_latent_frames for a video without one")
         frames = num_latent_frames if camera is None else camera.conditions.shape[1]
+        if frames is None:
+            raise ValueError("give a camera, or num_latent_frames for a video without one")
         if frames > self.config.max_latent_frames:
             raise ValueError(
                 f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"

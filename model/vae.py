@@ -6,12 +6,15 @@ uint8 (B, F, H, W, 3); F = 8 k + 1 frames give k + 1 latent frames, the first of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Generator
 
 import torch
 from diffusers import AutoencoderKLLTX2Video
-from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d, LTX2VideoUpsampler3d
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
+    LTX2VideoCausalConv3d,
+    LTX2VideoResnetBlock3d,
+    LTX2VideoUpsampler3d,
+)
 from torch import Tensor
 
 from longtake.model.config import WorldModelConfig
@@ -26,13 +29,29 @@ def build_vae(config: WorldModelConfig) -> AutoencoderKLLTX2Video:
         spatial_compression_ratio=rows,
         **config.vae,
     )
-    # torch's default initialisation shrinks the signal of a deep stack without affine norms: scale to unit gain.
+    _initialise(vae)
+    return vae
+
+
+@torch.no_grad()
+def _initialise(vae: AutoencoderKLLTX2Video) -> None:
+    """Start as a nearly linear network whose latents are nearly free of noise."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
+            # torch's default shrinks the signal of a deep stack without affine norms: unit gain instead.
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-    return vae
+    for module in vae.modules():
+        if isinstance(module, LTX2VideoResnetBlock3d):
+            module.conv2.conv.weight.mul_(0.1)
+    for coder in (vae.encoder, vae.decoder):
+        # The norms divide by a position's magnitude; a bias keeps brightness visible after them.
+        torch.nn.init.normal_(coder.get_parameter("conv_in.conv.bias"))
+    vae.decoder.get_parameter("conv_out.conv.weight").mul_(0.2)
+    # The encoder's last channel is the log variance of all latents.
+    vae.encoder.get_parameter("conv_out.conv.weight")[-1].mul_(0.1)
+    vae.encoder.get_parameter("conv_out.conv.bias")[-1] = -6
 
 
 def to_pixels(video: Tensor) -> Tensor:
@@ -48,13 +67,13 @@ def to_uint8(pixels: Tensor) -> Tensor:
 def normalise(vae: AutoencoderKLLTX2Video, latents: Tensor) -> Tensor:
     """Raw latents (B, C, T, h, w) to unit scale, float32."""
     mean, std = (stat.view(1, -1, 1, 1, 1) for stat in (vae.latents_mean, vae.latents_std))
-    return (latents.float() - mean) * vae.config.scaling_factor / std
+    return (latents.float() - mean) * vae.config["scaling_factor"] / std
 
 
 def denormalise(vae: AutoencoderKLLTX2Video, latents: Tensor) -> Tensor:
     """Inverse of `normalise`."""
     mean, std = (stat.view(1, -1, 1, 1, 1) for stat in (vae.latents_mean, vae.latents_std))
-    return latents.float() * std / vae.config.scaling_factor + mean
+    return latents.float() * std / vae.config["scaling_factor"] + mean
 
 
 @torch.no_grad()
@@ -65,19 +84,20 @@ def encode_frames(vae: AutoencoderKLLTX2Video, frames: Tensor) -> Tensor:
         raise ValueError(
             f"{frames.shape[1]} frames cannot be encoded: give {stride} k + 1 frames (1, {stride + 1}, ...)"
         )
-    return normalise(vae, vae.encode(to_pixels(frames).to(vae.dtype)).latent_dist.mode())
+    posterior = vae.encode(to_pixels(frames).to(vae.dtype), return_dict=False)[0]
+    return normalise(vae, posterior.mode())
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKLLTX2Video, latents: Tensor, chunk: int = 8) -> Iterator[Tensor]:
+def decode_latents(vae: AutoencoderKLLTX2Video, latents: Tensor, chunk: int = 8) -> Generator[Tensor, None, None]:
     """Decode normalised latents (B, C, T, h, w) chunk by chunk; yields uint8 (B, f, H, W, 3), 8 T - 7 frames in all.
 
     A causal decoder keeps the last input frames of each convolution, so chunks equal decoding at once; memory does not
     grow with T. A decoder that is not causal is run on the whole clip.
     """
     raw = denormalise(vae, latents).to(vae.dtype)
-    if not vae.config.decoder_causal:
-        yield to_uint8(vae.decode(raw).sample)
+    if not vae.config["decoder_causal"]:
+        yield to_uint8(vae.decode(raw, return_dict=False)[0])
         return
     with _StreamingDecoder(vae) as decoder:
         for piece in raw.split(chunk, dim=2):
@@ -93,47 +113,55 @@ class _StreamingDecoder:
     def __enter__(self) -> _StreamingDecoder:
         for module in self.decoder.modules():
             if isinstance(module, LTX2VideoCausalConv3d):
-                module._tail = None
-                module.forward = MethodType(_streaming_conv, module)
+                module.forward = _StreamingConv(module)
             elif isinstance(module, LTX2VideoUpsampler3d):
-                module._started = False
-                module.forward = MethodType(_streaming_upsample, module)
+                module.forward = _StreamingUpsample(module)
         return self
 
     def __exit__(self, *_: object) -> None:
         for module in self.decoder.modules():
-            for name in ("_tail", "_started", "forward"):
-                module.__dict__.pop(name, None)
+            module.__dict__.pop("forward", None)
 
     def __call__(self, latents: Tensor) -> Tensor:
         return self.decoder(latents, causal=True)
 
 
-def _streaming_conv(self: LTX2VideoCausalConv3d, hidden: Tensor, causal: bool = True) -> Tensor:
-    """The convolution with the last kernel-1 frames of the previous call on the left (at first: its first frame
+class _StreamingConv:
+    """A causal convolution with the last kernel-1 frames of the previous call on the left (at first: its first frame
     repeated).
     """
-    past = self.kernel_size[0] - 1
-    if self._tail is None:
-        self._tail = hidden[:, :, :1].expand(-1, -1, past, -1, -1)
-    hidden = torch.cat([self._tail, hidden], dim=2)
-    self._tail = hidden[:, :, hidden.shape[2] - past :].clone()
-    return self.conv(hidden)
+
+    def __init__(self, layer: LTX2VideoCausalConv3d) -> None:
+        self.layer = layer
+        self.tail: Tensor | None = None
+
+    def __call__(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
+        past = self.layer.kernel_size[0] - 1
+        if self.tail is None:
+            self.tail = hidden_states[:, :, :1].expand(-1, -1, past, -1, -1)
+        hidden_states = torch.cat([self.tail, hidden_states], dim=2)
+        self.tail = hidden_states[:, :, hidden_states.shape[2] - past :].clone()
+        return self.layer.conv(hidden_states)
 
 
-def _streaming_upsample(self: LTX2VideoUpsampler3d, hidden: Tensor, causal: bool = True) -> Tensor:
+class _StreamingUpsample:
     """Depth-to-space upsampling whose leading frames are dropped once a video, not once a call."""
-    stride_t, stride_h, stride_w = self.stride
 
-    def to_space(x: Tensor) -> Tensor:
+    def __init__(self, layer: LTX2VideoUpsampler3d) -> None:
+        self.layer = layer
+        self.started = False
+
+    def __call__(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
+        out = self._to_space(self.layer.conv(hidden_states, causal=causal))
+        if self.layer.residual:
+            skip = self._to_space(hidden_states)
+            out = out + skip.repeat(1, out.shape[1] // skip.shape[1], 1, 1, 1)
+        drop = 0 if self.started else self.layer.stride[0] - 1
+        self.started = True
+        return out[:, :, drop:]
+
+    def _to_space(self, x: Tensor) -> Tensor:
+        stride_t, stride_h, stride_w = self.layer.stride
         b, _, t, h, w = x.shape
         x = x.reshape(b, -1, stride_t, stride_h, stride_w, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return x.reshape(b, -1, t * stride_t, h * stride_h, w * stride_w)
-
-    out = to_space(self.conv(hidden, causal=causal))
-    if self.residual:
-        skip = to_space(hidden)
-        out = out + skip.repeat(1, out.shape[1] // skip.shape[1], 1, 1, 1)
-    drop = 0 if self._started else stride_t - 1
-    self._started = True
-    return out[:, :, drop:]

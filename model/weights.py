@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +49,14 @@ def config_for(config: WorldModelConfig, folder: Path) -> WorldModelConfig:
 def config_from_dict(saved: dict) -> WorldModelConfig:
     """The inverse of `dataclasses.asdict` through JSON (lists become the tuples they were)."""
 
-    def freeze(value: object) -> object:
+    def freeze(value: Any) -> Any:
         return tuple(freeze(item) for item in value) if isinstance(value, list) else value
 
     values = {name: freeze(value) for name, value in saved.items()}
     for name, kind in (("sampler", SamplerConfig), ("text", TextConfig), ("refiner", RefinerConfig)):
         values[name] = kind(**{key: freeze(value) for key, value in saved[name].items()})
     values["vae"] = {key: freeze(value) for key, value in saved["vae"].items()}
-    return WorldModelConfig(**values)  # type: ignore[arg-type]
+    return WorldModelConfig(**values)
 
 
 def save_config(config: WorldModelConfig, folder: Path) -> None:

@@ -37,14 +37,15 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, size: int, width: int = 256):
         super().__init__()
-        self.half = width // 2
+        self.num_frequencies = width // 2
         self.mlp = nn.Sequential(nn.Linear(width, size), nn.SiLU(), nn.Linear(size, size))
 
     def forward(self, timestep: Tensor) -> Tensor:
         # The public models see truncated timesteps: 888.9 is 888.
-        frequency = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=timestep.device))
+        index = torch.arange(self.num_frequencies, device=timestep.device)
+        frequency = torch.exp(-math.log(10000) / self.num_frequencies * index)
         angle = timestep.long().float()[..., None] * frequency
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class CaptionEmbedder(nn.Module):

@@ -5,6 +5,8 @@ The first latent frame is the sink: timestep 0, never changed; all other frames 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 from einops import rearrange
@@ -14,7 +16,9 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.samplers.flow_euler import euler
 
 # One head of 8 channels is the least that LTX-2's audio stream can be built with; it is deleted right after.
-_SMALLEST_AUDIO = dict(audio_num_attention_heads=1, audio_attention_head_dim=8, audio_cross_attention_dim=8)
+_SMALLEST_AUDIO: dict[str, Any] = dict(
+    audio_num_attention_heads=1, audio_attention_head_dim=8, audio_cross_attention_dim=8
+)
 
 
 class Refiner(nn.Module):

@@ -47,8 +47,8 @@ def same_gradients(ours, theirs, tensors):
 def test_the_scan_is_the_recurrence_with_all_gradients():
     tensors = inputs()
     state = torch.randn(2, 2, 6, 4, requires_grad=True)
-    out, last = gdn_scan(*tensors, state)
-    rows, true_last = loop(*tensors, range(5), state)
+    out, last = gdn_scan(*tensors, state=state)
+    rows, true_last = loop(*tensors, frames=range(5), state=state)
     true = torch.stack(rows, dim=1)
     torch.testing.assert_close(out, true, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last, true_last, rtol=1e-4, atol=1e-5)
@@ -58,9 +58,9 @@ def test_the_scan_is_the_recurrence_with_all_gradients():
 def test_both_directions_count_every_frame_once():
     tensors = inputs(t=4)
     zeros = torch.zeros(2, 2, 6, 4)
-    forward, _ = loop(*tensors, range(4), zeros)
+    forward, _ = loop(*tensors, frames=range(4), state=zeros)
     # Backwards, frame t reads the state that frames t + 1 ... left.
-    backward, _ = loop(*tensors, range(3, -1, -1), zeros, inclusive=False)
+    backward, _ = loop(*tensors, frames=range(3, -1, -1), state=zeros, inclusive=False)
     true = torch.stack(forward, dim=1) + torch.stack(backward[::-1], dim=1)
     out = gdn_bidirectional(*tensors)
     torch.testing.assert_close(out, true, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_a_scan_cut_anywhere_continues_from_its_state(cut):
     tensors = inputs()
     whole, last = gdn_scan(*tensors)
     first, state = gdn_scan(*(tensor[:, :cut] for tensor in tensors))
-    second, end = gdn_scan(*(tensor[:, cut:] for tensor in tensors), state)
+    second, end = gdn_scan(*(tensor[:, cut:] for tensor in tensors), state=state)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
     torch.testing.assert_close(end, last)
 
