@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     split = "test" if args.fan else args.split
     clips = args.clips if args.clips is not None else 512 if args.fan else 64
     shards = plan(places(args.source, split, args.maps), clips, args.frames, args.seed, args.fan)
+    clips = sum(shard.num_clips for shard in shards)  # of fans, whole ones
     if args.dry_run:
         print(
             json.dumps({**vars(args), "split": split, "clips": clips, "shards": [asdict(s) for s in shards]}, indent=1)

@@ -69,6 +69,8 @@ class ClipStore:
 
     def shards(self) -> list[str]:
         """Names of the whole shards, sorted; empty for a store that is yet to be written."""
+        if self._local and os.path.isfile(self._root):
+            raise ValueError(f"{self.uri} is a file: a clip store is a folder")
         with self._told(self.uri):
             try:
                 paths = self._fs.ls(self._root, detail=False)
@@ -76,6 +78,10 @@ class ClipStore:
                 return []
         names = (path.rpartition("/")[2] for path in paths)
         return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX) and name[0] not in "._")
+
+    def reading(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """While shard `name` is read by other means, let errors say which file is at fault, as this class's own do."""
+        return self._told(self._path(name))
 
     def write_shard(self, name: str, clips: Iterable[Clip]) -> None:
         """Store `clips` as shard `name`, replacing one of that name; readers see all of it or nothing.
@@ -197,6 +203,7 @@ class ClipStore:
             # Arrow reports a corrupt page as a bare OSError; those of the system carry an errno.
             if error.errno is None and not isinstance(error, FileNotFoundError) and self._local:
                 raise ValueError(f"{path} is damaged: delete it and render it again ({_line(error)})") from error
+            error.filename = error.filename or path  # a full disk does not say where it is
             raise
 
 

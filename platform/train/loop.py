@@ -52,6 +52,8 @@ class Worker:
         self.objective = build_objective(
             self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
         ).to(self.device)
+        if self.device.type == "cuda" and self.stage.objective == "vae":
+            self.objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # what cuDNN's bfloat16 kernels read
         self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
         if self.device.type == "cuda" and self.stage.compile:
             for name in self.stage.compiled:

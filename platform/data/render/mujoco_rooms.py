@@ -69,15 +69,11 @@ class Room:
     def xml(self, image_size: tuple[int, int]) -> str:
         """The scene as MJCF, with one camera."""
         (x, y), h, t = self.half, self.height / 2, 0.1
-        sides = [
-            (x + t, 0, h, t, y + t, h),
-            (-x - t, 0, h, t, y + t, h),
-            (0, y + t, h, x, t, h),
-            (0, -y - t, h, x, t, h),
-        ]
-        slabs = [("wall", side) for side in sides]
-        slabs += [("floor", (0, 0, -t, x, y, t)), ("ceiling", (0, 0, self.height + t, x, y, t))]
-        slabs += [(f"box{number % 3}", box) for number, box in enumerate(self.boxes)]
+        # MuJoCo smears a texture over the wide sides of a thin box, but for those that its z axis meets.
+        slabs = [("wall", (side * (x + t), 0, h, y + t, h, t), ' xyaxes="0 1 0 0 0 1"') for side in (1, -1)]
+        slabs += [("wall", (0, side * (y + t), h, x, h, t), ' xyaxes="1 0 0 0 0 1"') for side in (1, -1)]
+        slabs += [("floor", (0, 0, -t, x, y, t), ""), ("ceiling", (0, 0, self.height + t, x, y, t), "")]
+        slabs += [(f"box{number % 3}", box, "") for number, box in enumerate(self.boxes)]
         names = [name.removesuffix(".png") for name in self.textures]
         assets = "".join(
             f'<texture name="{name}" type="2d" file="{name}.png"/>'
@@ -85,7 +81,8 @@ class Room:
             for name in names
         )
         geoms = "".join(
-            '<geom type="box" material="{}" pos="{} {} {}" size="{} {} {}"/>'.format(name, *box) for name, box in slabs
+            '<geom type="box" material="{}" pos="{} {} {}" size="{} {} {}"{}/>'.format(name, *box, turned)
+            for name, box, turned in slabs
         )
         return (
             f'<mujoco><visual><global offwidth="{image_size[1]}" offheight="{image_size[0]}"/><map znear="0.002"/>'
@@ -197,7 +194,7 @@ class MujocoRooms:
             key=key,
             frames=shot.frames,
             c2w=shot.c2w,
-            intrinsics=np.tile(np.float32([focal, focal, width / 2, height / 2]), (len(path), 1)),
+            intrinsics=np.tile(np.array([focal, focal, width / 2, height / 2], np.float32), (len(path), 1)),
             fps=FPS,
             caption=room.caption(),
             metric_scale=1.0,

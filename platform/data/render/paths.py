@@ -237,7 +237,8 @@ def _sway(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray
 
 def _from_actions(text: str, frames: int, rng: np.random.Generator, fps: float) -> Path:
     """The action language's trajectory, which is level."""
-    poses = parse_actions(text, fps=fps, **ACTION_SPEEDS).c2w.double().numpy()
+    speed, turn = ACTION_SPEEDS["translation_speed"], ACTION_SPEEDS["rotation_speed"]
+    poses = parse_actions(text, fps=fps, translation_speed=speed, rotation_speed=turn).c2w.double().numpy()
     position = np.stack([poses[:, 2, 3], -poses[:, 0, 3]], axis=1)
     yaw = np.unwrap(-np.arctan2(poses[:, 0, 2], poses[:, 2, 2]))
     none = np.zeros(frames)

@@ -254,7 +254,7 @@ class VizdoomWorld:
             key=key,
             frames=shot.frames,
             c2w=shot.c2w,
-            intrinsics=np.tile(np.float32([focal, focal, width / 2, height / 2]), (len(c2w), 1)),
+            intrinsics=np.tile(np.array([focal, focal, width / 2, height / 2], np.float32), (len(c2w), 1)),
             fps=FPS,
             caption=self.space.describe(path.position[0], -c2w[0, 1, 3], path.yaw[0]),
             metric_scale=1.0,
