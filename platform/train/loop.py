@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.model.objectives import build_objective
 from longtake.platform.train import checkpoint, results
@@ -27,6 +27,7 @@ from longtake.platform.train.muon import Muon, matrices_and_others
 from longtake.platform.train.order import Share
 from longtake.platform.train.schedule import Clock, learning_rate
 from longtake.platform.train.settings import Settings
+from longtake.platform.train.stages import Stage
 
 
 def train(settings: Settings) -> None:
@@ -52,12 +53,9 @@ class Worker:
         self.objective = build_objective(
             self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
         ).to(self.device)
-        if self.device.type == "cuda" and self.stage.objective == "vae":
-            self.objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # what cuDNN's bfloat16 kernels read
+        if self.device.type == "cuda":
+            _speed_up(self.objective, self.stage)
         self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
-        if self.device.type == "cuda" and self.stage.compile:
-            for name in self.stage.compiled:
-                self.objective.get_submodule(name).compile(mode=self.stage.compile)
         self.engine = self._engine()
         self.step, seconds = self._resume()
         self.clock = Clock(self.stage.steps, settings.max_minutes and 60 * settings.max_minutes, seconds)
@@ -218,6 +216,16 @@ def _prepare(device: torch.device, workers: int) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # Ray allows as many as CPUs it reserved
+
+
+def _speed_up(objective: nn.Module, stage: Stage) -> None:
+    """Layouts and compilation for a GPU. Blocks are compiled one by one, since equal ones share their code."""
+    if stage.objective == "vae":
+        objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # what cuDNN reads
+    for name in stage.compiled if stage.compile else ():
+        module = objective.get_submodule(name)
+        for part in module if isinstance(module, nn.ModuleList) else (module,):
+            part.compile(mode=stage.compile)
 
 
 def _barrier() -> None:

@@ -26,7 +26,8 @@ class Stage:
     warmup: steps. ema: decay of the weights' moving average, 0 for none. optimizer: "adamw", or "muon" (muon.py).
     options: keyword arguments of the objective. init_from: stages one of whose weights this one needs to start from.
     zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
-    compiled: sub-modules given to torch.compile on a GPU in mode `compile`; an empty mode compiles nothing.
+    compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
+    mode compiles nothing.
     windows_per_clip: samples drawn from a clip each time it is read.
     cache: where latents stay once they were read, so that later steps need no host work: "device", "host" or None.
     log_every, checkpoint_steps: steps; checkpoint_minutes: minutes; a zero interval is off.
@@ -106,8 +107,6 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             warmup=200,
             grad_clip=1.0,
             ema=0.999,
-            compile="default",
-            compiled=("vae.encoder", "vae.decoder"),
         ),
         Stage(
             name="stage1_gdn",
@@ -121,7 +120,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             ema=0.999,
             options=dict(_FLOW),
             compile="default",
-            compiled=("world_model",),
+            compiled=("world_model.blocks",),
             cache="device",
         ),
         Stage(
@@ -137,7 +136,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             options=dict(_FLOW),
             init_from=("stage1_gdn",),
             compile="default",
-            compiled=("world_model",),
+            compiled=("world_model.blocks",),
             cache="device",
         ),
         Stage(
@@ -152,7 +151,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             ema=0.999,
             init_from=("stage1_gdn", "stage3_minute"),
             compile="default",
-            compiled=("refiner",),
+            compiled=("refiner.transformer.transformer_blocks", "stage1.world_model.blocks"),
             cache="device",
         ),
     ),
