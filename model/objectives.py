@@ -35,7 +35,7 @@ class VAEObjective(nn.Module):
     latent_moments: Tensor
 
     def __init__(
-        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.25, kl_weight: float = 1e-5
+        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.25, kl_weight: float = 1e-3
     ):
         super().__init__()
         self.vae = build_vae(config)
