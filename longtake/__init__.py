@@ -1,7 +1,7 @@
-"""Longtake: train, distil, serve and measure SANA-WM.
+"""Longtake: train, search and measure SANA-WM.
 
-The code lives in the repository's top-level folders (kernels, model, platform, jobs, serve), which are the sub-packages
-of `longtake`. None of them has an `__init__.py`: a top-level `platform/` package would hide the standard library's.
+The code lives in the repository's top-level folders (kernels, model, platform, jobs), which are the sub-packages of
+`longtake`. None of them has an `__init__.py`: a top-level `platform/` package would hide the standard library's.
 A source tree therefore appends its root to `__path__`; in a wheel the folders lie inside this one already.
 """
 

@@ -18,6 +18,9 @@ from longtake.model.camera import CameraFeatures, parse_actions, random_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
 
+LIMIT = 1e-4  # of the relative error
+OFFICIAL_TENSORS = 872
+
 
 @dataclass(frozen=True)
 class Case:
@@ -97,6 +100,26 @@ def relative_error(
         expected = _forward(theirs, tensors, latents, timestep, text, mask, camera)
     found = _forward(ours or case.config, tensors, latents, timestep, text, mask, camera)
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def account_for_official() -> dict[str, int]:
+    """How many tensors and parameters the official file holds, all of them known to us and to diffusers.
+
+    At full size, on the meta device: nothing is allocated. ValueError naming a tensor that only one of the three knows.
+    """
+    config = presets.get("sana-wm")
+    shapes = convert.expected_shapes(config)
+    with torch.device("meta"):
+        theirs = {name: tensor.shape for name, tensor in SanaWMTransformer3DModel().state_dict().items()}
+        tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
+    ours = {name: tensor.shape for name, tensor in convert.to_diffusers(tensors, config).items()}
+    if differing := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        name = differing[0]
+        raise ValueError(f"tensor {name} is {ours.get(name)} here and {theirs.get(name)} in this version of diffusers")
+    count = len(shapes) + len(convert.IGNORED)
+    if count != OFFICIAL_TENSORS:
+        raise ValueError(f"the network has {count} of the official file's {OFFICIAL_TENSORS} tensors")
+    return {"official_tensors": count, "parameters": sum(shape.numel() for shape in ours.values())}
 
 
 def _forward(config: WorldModelConfig, tensors: dict[str, Tensor], *inputs: object) -> Tensor:
