@@ -20,6 +20,7 @@ import torch
 
 from longtake.model import presets, weights
 from longtake.model.config import WorldModelConfig
+from longtake.model.pipeline import check_folder
 from longtake.model.vae import build_vae, encode_frames
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_parts([args.weights]).get("vae") if args.weights else str(weights.resolve(config, None))
     if folder is None:
         raise ValueError(f"{args.weights} holds no autoencoder: give the run of stage0_vae with --weights")
+    config = weights.config_for(config, Path(folder))
+    check_folder(config, Path(folder), ["vae"])
     if args.dry_run:
         print(json.dumps(vars(args) | {"weights": folder}, indent=2))
         return
@@ -89,16 +92,24 @@ class ShardEncoder:
         self, config: WorldModelConfig, clips: str, latents: str, folder: str, frames: int, batch: int
     ) -> None:
         self.config, self.frames, self.batch = config, frames, batch
-        self.clips, self.latents = ClipStore(clips), LatentStore(latents)
+        self.clips, self.latents, self.folder = ClipStore(clips), LatentStore(latents), Path(folder)
+        self._vae: Any = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
-        self.vae: Any = weights.load_part(build_vae(config), Path(folder), "vae").to(self.device).eval()
+
+    @property
+    def vae(self) -> Any:
+        """Loaded by the first call: Ray passes on what a call raised, but not the error of a constructor."""
+        if self._vae is None:
+            self._vae = weights.load_part(build_vae(self.config), self.folder, "vae").to(self.device).eval()
+        return self._vae
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         counts = []
         for name in map(str, rows["shard"]):
-            encoded = list(self.encode(name))
+            with self.clips.reading(name):
+                encoded = list(self.encode(name))
             self.latents.write_shard(name, encoded)
             counts.append(len(encoded))
         return {"shard": rows["shard"], "clips": np.array(counts)}
@@ -186,7 +197,7 @@ def _digest(folder: Path) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="encode-latents", description=__doc__)
     add = parser.add_argument
-    add("--preset", default="tiny", choices=presets.names())
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
     add("--data", required=True, help="store of clips: folder or s3://bucket/prefix")
     add("--latents", required=True, help="store of latents to write: folder or s3://bucket/prefix")
     add("--weights", help="run of stage0_vae or weights folder (default: those shipped)")

@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="evaluate-worlds", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())}")
     add("--weights", help="folder or hf://owner/name; by default those shipped with the preset")
@@ -97,6 +99,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name} must not be negative")
     if not (args.starts or args.limit):
         raise ValueError("nothing to measure: give --starts or --limit")
+    if args.name:
+        measurements.check_name(args.name)
+    if ":/" in str(args.out) or (args.out.exists() and not args.out.is_dir()):
+        raise ValueError(f"--out {args.out} must be a local folder")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from None
     args.batch_size = args.batch_size or (16 if args.device.startswith("cuda") else 1)
     return args
 

@@ -21,7 +21,7 @@ import longtake
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Trajectory, intrinsics_from_fov, parse_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.pipeline import WorldPipeline
+from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
 from longtake.platform.observe.job import run_job
 from longtake.platform.search.actors import Generator, ModelSpec, RefineWriter, start_pool
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     config, folder = model_of(args)
     trajectories = trajectories_of(args, config)
     frame = WorldPipeline(config, {})
+    if not args.images and not (folder / "images").is_dir():
+        raise ValueError(f"{folder} ships no images/: give some with --images")
     images = load_images(args.images or [folder / "images"], frame.prepare_image, args.prompt, args.licence)
     model = f"{config.name} {fingerprint(folder)} {config.sampler} {args.num_steps} {config.refiner}"
     candidates = make_plan(images, trajectories, range(args.seed, args.seed + args.seeds), model)
@@ -71,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="search-refine", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())}")
     add("--weights", help="folder or hf://owner/name; by default those shipped with the preset")
@@ -103,6 +107,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.measure and not args.long:
         raise ValueError("--measure needs the long video: give --long 60")
+    if ":/" in str(args.out):  # of s3://bucket a Path keeps s3:/bucket
+        raise ValueError(f"--out {args.out} must be a local folder: copy it to the object store afterwards")
     if args.long < 0:
         raise ValueError(f"--long must be seconds, or 0 for no long video, not {args.long}")
     return args
@@ -115,7 +121,9 @@ def model_of(args: argparse.Namespace) -> tuple[WorldModelConfig, Path]:
     missing = [name for name in weights.FOLDERS.values() if not (folder / name).is_dir()]
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}/: it holds no weights of preset {config.name!r}")
-    return weights.config_for(config, folder), folder
+    config = weights.config_for(config, folder)
+    check_folder(config, folder)
+    return config, folder
 
 
 def trajectories_of(args: argparse.Namespace, config: WorldModelConfig) -> dict[str, Trajectory]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,19 +34,22 @@ def local_folder(path: str | Path) -> Path:
         raise ValueError(f"{text} cannot be fetched: {str(error).splitlines()[0]}") from None
 
 
-def load_safetensors(folder: Path) -> dict[str, Tensor]:
+def load_safetensors(folder: Path, headers_only: bool = False) -> dict[str, Tensor]:
     """All tensors of a folder: those that its index names, or those of its only .safetensors file.
+
+    headers_only: tensors on the meta device, which have shapes but no data; a file of any size is read in an instant.
 
     ValueError for no file, several files without an index, a shard that the index names but that is not there, a tensor
     that it places wrongly, and a file that is cut short.
     """
+    load = _load_header if headers_only else _load
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
     if not indices:
         if len(files) != 1:
             problem = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
             raise ValueError(f"{folder} has {problem}")
-        return _load(files[0])
+        return load(files[0])
     if len(indices) > 1:
         raise ValueError(f"{folder} has several indices: {', '.join(index.name for index in indices)}")
     try:
@@ -55,7 +60,7 @@ def load_safetensors(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(set(placed.values())):
         if not (folder / shard).is_file():
             raise ValueError(f"{folder} lacks the shard {shard} that {indices[0].name} names")
-        tensors |= _load(folder / shard)
+        tensors |= load(folder / shard)
     for name in placed:
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} is not in the shard {placed[name]}")
@@ -77,7 +82,18 @@ def save_safetensors(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype 
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    try:
+    with _told(file):
         return load_file(file)
+
+
+def _load_header(file: Path) -> dict[str, Tensor]:
+    with _told(file), safe_open(file, framework="pt") as opened:
+        return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _told(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a whole safetensors file, fetch it again: {error}") from None

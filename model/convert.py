@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtake.model.config import WorldModelConfig
 
-_UNUSED = "pos_embed"
+IGNORED = ("pos_embed",)
 _NULL_CAPTION = "y_embedder.y_embedding"
 _TO_DIFFUSERS = {"t_embedder.mlp.0.": "t_embedder.linear_1.", "t_embedder.mlp.2.": "t_embedder.linear_2."}
 
@@ -29,8 +29,7 @@ def from_official(
     inner: Any = state_dict.get("generator", state_dict)
     assert isinstance(inner, Mapping)
     stripped = {name.removeprefix("model."): tensor for name, tensor in inner.items()}
-    stripped.pop(_UNUSED, None)
-    return _checked(stripped, config)
+    return _checked({name: tensor for name, tensor in stripped.items() if name not in IGNORED}, config)
 
 
 def from_diffusers(state_dict: Mapping[str, Tensor], config: WorldModelConfig) -> dict[str, Tensor]:

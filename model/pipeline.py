@@ -69,7 +69,7 @@ class WorldPipeline:
         for part, module in modules.items():
             if not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
-            module.to(dtype)
+            nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
         return cls(config, modules, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -175,6 +175,23 @@ class WorldPipeline:
         """The frames of one clip as they are decoded, uint8 (f, H, W, 3) each; memory does not grow with the length."""
         for frames in decode_latents(self._part("vae"), latents):  # type: ignore[arg-type]
             yield frames[0].cpu().numpy()
+
+
+def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | None = None) -> dict[str, int]:
+    """How many tensors each of `parts` (default: those that are there) has in a weights folder, by sub-folder.
+
+    Only the files' headers are read. ValueError naming the first tensor that is missing, extra or of another shape than
+    `config` makes it. Gemma, which transformers loads by itself, is left out.
+    """
+    own = [part for part in PARTS if not (part == "text" and config.text.kind == "gemma")]
+    found = [part for part in own if part in (parts or own) and (parts or (folder / weights.FOLDERS[part]).is_dir())]
+    if not found:
+        wanted = ", ".join(f"{weights.FOLDERS[part]}/" for part in own)
+        raise ValueError(f"{folder} is not a weights folder: it holds none of {wanted}")
+    with torch.device("meta"):
+        modules = WorldPipeline.from_config(config, device="meta", parts=found).modules
+    loaded = {part: weights.load_part(module, folder, part) for part, module in modules.items()}
+    return {weights.FOLDERS[part]: len(module.state_dict()) for part, module in loaded.items()}
 
 
 def _build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn.Module:

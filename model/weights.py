@@ -38,12 +38,15 @@ def config_for(config: WorldModelConfig, folder: Path) -> WorldModelConfig:
     file = folder / "config.json"
     if not file.is_file():
         return config
-    saved = json.loads(file.read_text())
-    if saved.get("name") != config.name:
+    try:
+        saved = config_from_dict(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the configuration of weights that this version reads: {error}") from None
+    if saved.name != config.name:
         raise ValueError(
-            f"{folder} holds weights of preset {saved.get('name')!r}, not of {config.name!r}: change one of the two"
+            f"{folder} holds weights of preset {saved.name!r}, not of {config.name!r}: change one of the two"
         )
-    return config_from_dict(saved)
+    return saved
 
 
 def config_from_dict(saved: dict) -> WorldModelConfig:
@@ -73,18 +76,24 @@ def save_part(module: nn.Module, folder: Path, part: str, dtype: torch.dtype) ->
 
 
 def load_part(module: nn.Module, folder: Path, part: str) -> nn.Module:
-    """Load one part's tensors into `module`, strictly; returns it."""
+    """Load one part's tensors into `module`, strictly; returns it.
+
+    A module on the meta device has no room for data: then the files' headers alone are read and compared with it.
+    """
     source = Path(folder) / FOLDERS[part]
     if not source.is_dir():
         raise ValueError(f"{folder} has no {FOLDERS[part]}/: it holds no weights of that part")
-    tensors = load_safetensors(source)
     inner = _inner(module)
+    tensors = load_safetensors(source, headers_only=any(tensor.is_meta for tensor in inner.parameters()))
     if part == "refiner":
         tensors = {
             name: tensor for name, tensor in tensors.items() if name in inner.state_dict() or not _is_audio(name)
         }
     if part == "dit":
-        tensors = convert.to_ours(tensors, module.config)  # type: ignore[arg-type]
+        try:
+            tensors = convert.to_ours(tensors, module.config)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     load_strict(inner, tensors, where=str(source))
     return module
 

@@ -32,6 +32,48 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights that answer to --preset tiny and are small enough for every test, with two start images."""
+    import numpy as np
+    from PIL import Image
+
+    from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
+    from longtake.model.pipeline import WorldPipeline
+
+    config = WorldModelConfig(
+        name="tiny",
+        depth=4,
+        hidden_size=64,
+        num_heads=2,
+        head_dim=32,
+        latent_channels=16,
+        text_dim=32,
+        mlp_ratio=1.0,
+        image_size=(64, 96),
+        sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
+        text=TextConfig(kind="bytes", length=12, dim=32, depth=1),
+        refiner=RefinerConfig(num_layers=1, num_heads=2, head_dim=24, text_dim=32, lora_rank=0, sigmas=(0.5, 0.0)),
+        vae=dict(
+            block_out_channels=(16, 32, 32, 32),
+            layers_per_block=(0, 0, 0, 0, 1),
+            decoder_block_out_channels=(16, 16, 32),
+            decoder_layers_per_block=(1, 0, 0, 0),
+            upsample_factor=(1, 1, 2),
+            decoder_spatial_padding_mode="zeros",
+        ),
+    )
+    folder = tmp_path_factory.mktemp("small_weights")
+    WorldPipeline.from_config(config).save_pretrained(folder)
+    (folder / "images").mkdir()
+    for name, seed in (("hall", 0), ("yard", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+    (folder / "images" / "hall.txt").write_text("a hall <with> columns\n")
+    (folder / "images" / "licence.txt").write_text("CC0-1.0\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server on this machine, which the AWS_* variables point to meanwhile."""
     from moto.server import ThreadedMotoServer

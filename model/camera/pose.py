@@ -41,7 +41,7 @@ def check_fov(degrees: float) -> None:
     """ValueError unless the field of view is between 25 and 120 degrees."""
     if not 25 <= degrees <= 120:
         raise ValueError(
-            f"a horizontal field of view of {degrees:.1f} degrees is outside 25 to 120: change the focal length"
+            f"a horizontal field of view of {degrees:.1f} degrees is outside 25 to 120: change it, or the focal length"
         )
 
 

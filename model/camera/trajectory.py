@@ -104,6 +104,8 @@ class Trajectory:
     def load(cls, path: str | Path) -> Trajectory:
         """The inverse of `save`. ValueError when the file is something else."""
         arrays = _read_arrays(path)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError(f"{path} is a single array, no saved trajectory: name it .npy, or use Trajectory.save")
         try:
             size = tuple(int(side) for side in arrays["image_size"])
             return cls(
@@ -124,7 +126,10 @@ class Trajectory:
         c2w = _read_arrays(path)
         if not isinstance(c2w, np.ndarray) or c2w.dtype.kind not in "fiu":
             raise ValueError(f"{path} must hold one array of numbers, c2w (frames, 4, 4)")
-        return cls(torch.from_numpy(c2w.astype(np.float32)), intrinsics, image_size, fps)
+        try:
+            return cls(torch.from_numpy(c2w.astype(np.float32)), intrinsics, image_size, fps)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def plot(self, path: str | Path) -> None:
         """Draw the way from above and from the side, a view cone every second, as the format of the path's suffix."""
@@ -166,5 +171,5 @@ def _read_arrays(path: str | Path):  # noqa: ANN202  (an array, or an archive of
         return np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"there is no trajectory at {path}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as NumPy arrays: {error}") from None
+    except (ValueError, OSError, EOFError):  # NumPy takes any other file for pickled objects, and says so
+        raise ValueError(f"{path} holds no arrays of numbers: write it with numpy.save or Trajectory.save") from None

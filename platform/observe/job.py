@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
 _DENIED = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
-# Ray Data's UserCodeException loses its __cause__ between processes; the worker's traceback still ends with it.
-_DATA_CAUSE = re.compile(
-    r"^(?P<name>\w+): (?P<message>.+?)\n\nThe above exception was the direct cause.+UserCodeException",
-    re.MULTILINE | re.DOTALL,
+# Ray Data's UserCodeException loses its __cause__ between processes; the worker's traceback still holds it, as the last
+# of the exceptions before.
+_CAUSE_IN_TEXT = re.compile(
+    r"^(?P<name>\w+): (?P<message>.+?)\n\nThe above exception was the direct cause", re.MULTILINE | re.DOTALL
 )
 
 
@@ -47,25 +47,35 @@ def user_message(error: BaseException) -> str | None:
     for cause in _causes(error):
         if line := _describe(cause):
             return " ".join(line.split())
-    lost = _DATA_CAUSE.search(str(error))
-    if lost and issubclass(getattr(builtins, lost["name"], object), (ValueError, OSError)):
-        return " ".join(lost["message"].split())
+    before, data, _ = str(error).partition("UserCodeException")
+    if data and (lost := list(_CAUSE_IN_TEXT.finditer(before))):
+        kind = getattr(builtins, lost[-1]["name"], object)
+        if issubclass(kind, (ValueError, OSError)):
+            return " ".join(lost[-1]["message"].split())
     return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Innermost first: Ray wraps what a worker raised, in tasks, in Data pipelines and in Train alike.
+    """What may hold the message, the best first.
 
-    The wrappers are told by their attributes, so that a job without Ray need not import it.
+    Ray wraps what a worker raised, in tasks, in Data pipelines and in Train alike: there the innermost counts. The
+    wrappers are told by their attributes, so that a job without Ray need not import it. What was raised `from` another
+    error says more than that one, unless it only repeats a part of it, as s3fs does.
     """
-    inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
+    inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
     inner += getattr(error, "worker_failures", {}).values()
     for cause in inner:
         if isinstance(cause, BaseException) and cause is not error:
             yield from _causes(cause)
+    reason = error.__cause__
+    repeats = (getattr(error, "strerror", None) or str(error)) in str(reason)
+    if reason is not None and repeats:
+        yield from _causes(reason)
     # A RayTaskError also inherits from the class of its cause, but its text is the worker's traceback.
     if getattr(error, "cause", None) is None:
         yield error
+    if reason is not None and not repeats:
+        yield from _causes(reason)
 
 
 def _describe(error: BaseException) -> str | None:
@@ -85,5 +95,9 @@ def _describe(error: BaseException) -> str | None:
 def _describe_store(error: BaseException) -> str:
     """botocore's ClientError carries a `response`; its other errors (no credentials, no connection) only a text."""
     details = getattr(error, "response", {}).get("Error", {})
-    denied = details.get("Code") in _DENIED or "Credentials" in type(error).__name__
-    return f"object store: {error} ({_CREDENTIALS})" if denied else f"object store: {error}"
+    name = type(error).__name__
+    if details.get("Code") in _DENIED or "Credentials" in name:
+        return f"object store: {error} ({_CREDENTIALS})"
+    if "Connect" in name or "Timeout" in name:
+        return f"object store: {error} (is it running? check AWS_ENDPOINT_URL)"
+    return f"object store: {error}"

@@ -36,8 +36,7 @@ def write(
     ValueError for a name that is not lower-case words joined by `_` or `-`, for no figures, and for a figure that is
     not a finite number.
     """
-    if not re.fullmatch(r"[a-z0-9]+([_-][a-z0-9]+)*", name):
-        raise ValueError(f"measurement name {name!r} must be lower-case words joined by '_' or '-'")
+    check_name(name)
     if not figures:
         raise ValueError(f"measurement {name!r} has no figures")
     record = {
@@ -52,6 +51,12 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is lower-case words joined by `_` or `-`."""
+    if not re.fullmatch(r"[a-z0-9]+([_-][a-z0-9]+)*", name):
+        raise ValueError(f"measurement name {name!r} must be lower-case words joined by '_' or '-'")
 
 
 def this_command() -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,8 +63,11 @@ class RunFolder:
         path = self._folders["rollouts"] / f"{key}.npz"
         if not path.is_file():
             return None
-        with np.load(path) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: delete it, and it is made again") from error
 
     def write_rollout(self, key: str, latents: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray) -> None:
         buffer = io.BytesIO()
@@ -96,4 +100,9 @@ class RunFolder:
 
 
 def _read(path: Path) -> Record | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete it, and it is made again") from error

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -20,25 +22,21 @@ def test_every_parameter_belongs_to_exactly_one_rule():
     assert {id(p) for p in matrices} | {id(p) for p in others} == {id(p) for p in net.parameters()}
 
 
-def regression_loss(optimiser_of):
-    """Loss after 60 steps on a badly scaled linear regression through two layers."""
+def test_a_badly_scaled_regression_is_learnt_in_60_steps():
+    """Inputs differ a hundredfold in scale; plain gradient descent at this rate is left with a third of the loss."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Linear(64, 32))
     x = torch.randn(256, 32) * torch.logspace(0, -2, 32)
     y = x @ torch.randn(32, 32)
-    optimiser = optimiser_of(net)
+    optimiser = Muon(*matrices_and_others(net), lr=0.1)
+    losses = []
     for _ in range(60):
         loss = (net(x) - y).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return loss.item()
-
-
-def test_it_learns_what_adam_learns_slower():
-    muon = regression_loss(lambda net: Muon(*matrices_and_others(net), lr=0.01))
-    adam = regression_loss(lambda net: torch.optim.AdamW(net.parameters(), lr=0.01))
-    assert muon < adam
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
 
 
 def test_its_state_survives_a_checkpoint():
@@ -55,7 +53,7 @@ def test_its_state_survives_a_checkpoint():
     again = nn.Linear(16, 16)
     again.load_state_dict(net.state_dict())
     resumed = Muon(*matrices_and_others(again), lr=0.5)
-    resumed.load_state_dict(optimiser.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))  # a file shares no memory either
     steps(net, optimiser, 2)
     steps(again, resumed, 2)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))

@@ -7,7 +7,7 @@ import json
 import sys
 
 import pytest
-from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job, user_message
@@ -78,6 +78,24 @@ def test_a_refusal_of_the_object_store_names_the_credentials(error):
     assert message is not None
     assert "AWS_ACCESS_KEY_ID" in message
     assert "\n" not in message
+
+
+def chained(error: Exception, reason: Exception) -> Exception:
+    error.__cause__ = reason
+    return error
+
+
+def test_what_was_raised_from_another_error_has_the_word_unless_it_only_repeats_it():
+    told = chained(ValueError("a.parquet is damaged: delete it"), OSError("unexpected end of stream"))
+    assert user_message(told) == "a.parquet is damaged: delete it"
+    refused = ClientError({"Error": {"Code": "403", "Message": "Forbidden"}}, "HeadObject")
+    message = user_message(chained(PermissionError(13, "Forbidden"), refused)) or ""
+    assert message.startswith("object store: An error occurred (403) when calling the HeadObject operation")
+
+
+def test_an_object_store_that_does_not_answer_names_the_variable_that_leads_to_it():
+    message = user_message(EndpointConnectionError(endpoint_url="http://127.0.0.1:9/bucket")) or ""
+    assert "http://127.0.0.1:9/bucket" in message and "AWS_ENDPOINT_URL" in message
 
 
 def test_a_local_files_permissions_have_nothing_to_do_with_the_object_store():

@@ -31,7 +31,10 @@ def _where_longtake_lies() -> str:
 
 
 def _refuse_batch(batch: DataBatch) -> DataBatch:
-    raise ValueError("clip 3 has no poses")
+    try:
+        raise OSError("unexpected end of stream")
+    except OSError as error:
+        raise ValueError("clip 3 has no poses") from error
 
 
 def test_it_listens_on_this_machine_alone_and_has_spare_logical_cpus(ray_cluster):

@@ -12,11 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from longtake.jobs import search_refine
-from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
-from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import run_job
 from longtake.platform.store.video import read_video
@@ -39,47 +36,11 @@ search_refine.main(sys.argv[3:])
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """Weights that answer to --preset tiny and are small enough for every test."""
-    config = WorldModelConfig(
-        name="tiny",
-        depth=4,
-        hidden_size=64,
-        num_heads=2,
-        head_dim=32,
-        latent_channels=16,
-        text_dim=32,
-        mlp_ratio=1.0,
-        image_size=(64, 96),
-        sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
-        text=TextConfig(kind="bytes", length=12, dim=32, depth=1),
-        refiner=RefinerConfig(num_layers=1, num_heads=2, head_dim=24, text_dim=32, lora_rank=0, sigmas=(0.5, 0.0)),
-        vae=dict(
-            block_out_channels=(16, 32, 32, 32),
-            layers_per_block=(0, 0, 0, 0, 1),
-            decoder_block_out_channels=(16, 16, 32),
-            decoder_layers_per_block=(1, 0, 0, 0),
-            upsample_factor=(1, 1, 2),
-            decoder_spatial_padding_mode="zeros",
-        ),
-    )
-    folder = tmp_path_factory.mktemp("model")
-    WorldPipeline.from_config(config).save_pretrained(folder)
-    (folder / "images").mkdir()
-    for name, seed in (("hall", 0), ("yard", 1)):
-        pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
-    (folder / "images" / "hall.txt").write_text("a hall <with> columns\n")
-    (folder / "images" / "licence.txt").write_text("CC0-1.0\n")
-    return folder
-
-
 @pytest.fixture
-def command(model, tmp_path) -> list[str]:
+def command(small_weights, tmp_path) -> list[str]:
     return [
         "--weights",
-        str(model),
+        str(small_weights),
         "--actions",
         "w-16",
         "--actions",
@@ -171,11 +132,11 @@ def test_a_mistake_is_one_line_before_anything_is_made(command, extra, says, cap
     assert says in refusal([*command, *extra], capsys)
 
 
-def test_weights_of_another_shape_are_named_by_the_worker(ray_cluster, model, command, tmp_path, capsys):
+def test_weights_of_another_shape_are_named_by_the_worker(ray_cluster, small_weights, command, tmp_path, capsys):
     broken = tmp_path / "broken"
-    for path in model.rglob("*"):
+    for path in small_weights.rglob("*"):
         if path.is_file():
-            target = broken / path.relative_to(model)
+            target = broken / path.relative_to(small_weights)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     config = json.loads((broken / "config.json").read_text())
