@@ -53,10 +53,10 @@ class Worker:
         self.objective = build_objective(
             self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
         ).to(self.device)
-        if self.device.type == "cuda":
-            _speed_up(self.objective, self.stage)
-        self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
         self.engine = self._engine()
+        if self.device.type == "cuda":
+            _speed_up(self.objective, self.stage)  # DeepSpeed takes no other layout than torch's own
+        self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
         self.step, seconds = self._resume()
         self.clock = Clock(self.stage.steps, settings.max_minutes and 60 * settings.max_minutes, seconds)
         self.saved_step, self.saved_seconds = self.step, seconds
