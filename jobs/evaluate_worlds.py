@@ -28,6 +28,8 @@ from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
 from longtake.platform.search.plan import long_actions
+from longtake.platform.store.files import refuse_url
+from longtake.platform.store.files import refuse_url
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,7 +103,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("nothing to measure: give --starts or --limit")
     if args.name:
         measurements.check_name(args.name)
-    if ":/" in str(args.out) or (args.out.exists() and not args.out.is_dir()):
+    refuse_url("--out", args.out)
+    if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} must be a local folder")
     try:
         torch.empty(0, device=args.device)

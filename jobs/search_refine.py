@@ -36,6 +36,8 @@ from longtake.platform.search.plan import (
     make_plan,
 )
 from longtake.platform.search.run import Search
+from longtake.platform.store.files import refuse_url
+from longtake.platform.store.files import refuse_url
 from longtake.platform.store.run_folder import RunFolder
 
 
@@ -107,8 +109,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.measure and not args.long:
         raise ValueError("--measure needs the long video: give --long 60")
-    if ":/" in str(args.out):  # of s3://bucket a Path keeps s3:/bucket
-        raise ValueError(f"--out {args.out} must be a local folder: copy it to the object store afterwards")
+    refuse_url("--out", args.out)
     if args.long < 0:
         raise ValueError(f"--long must be seconds, or 0 for no long video, not {args.long}")
     return args

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; platform/observe/ray_cluster.py says why
+
+import torch  # noqa: E402
 
 _DEVICES_NEEDED = {"cpu": 0, "gpu": 1, "multigpu": 2}
 

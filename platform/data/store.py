@@ -189,22 +189,27 @@ class ClipStore:
         names = self._present()
         return [[value for name in names for value in self._column(name, column)] for column in columns]
 
-    @contextlib.contextmanager
-    def _told(self, path: str) -> Iterator[None]:
-        """Say which file is at fault, and what to do about it."""
-        try:
-            yield
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a whole shard: delete it and render it again ({_line(error)})") from error
-        except PermissionError as error:
-            advice = "check the folder's permissions" if self._local else _CREDENTIALS
-            raise PermissionError(f"access to {path} was denied: {advice}") from error
-        except OSError as error:
-            # Arrow reports a corrupt page as a bare OSError; those of the system carry an errno.
-            if error.errno is None and not isinstance(error, FileNotFoundError) and self._local:
-                raise ValueError(f"{path} is damaged: delete it and render it again ({_line(error)})") from error
-            error.filename = error.filename or path  # a full disk does not say where it is
-            raise
+    def _told(self, path: str) -> contextlib.AbstractContextManager[None]:
+        return telling(path, self._local)
+
+
+@contextlib.contextmanager
+def telling(path: str, local: bool) -> Iterator[None]:
+    """While the shard at `path` is in use, let errors say which file is at fault, and what to do about it."""
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a whole shard: delete it and make it again ({_line(error)})") from error
+    except PermissionError as error:
+        advice = "check the folder's permissions" if local else _CREDENTIALS
+        raise PermissionError(f"access to {path} was denied: {advice}") from error
+    except OSError as error:
+        # Arrow reports a corrupt page as a bare OSError; those of the system carry an errno, those of a slow network
+        # are timeouts.
+        if error.errno is None and not isinstance(error, (FileNotFoundError, TimeoutError)):
+            raise ValueError(f"{path} is damaged: delete it and make it again ({_line(error)})") from error
+        error.filename = error.filename or path  # a full disk does not say where it is
+        raise
 
 
 def encode_frame(frame: np.ndarray) -> bytes:

@@ -141,7 +141,8 @@ class Search:
         self._choose(candidate.image.name)
 
     def _keep_refined(self, candidate: Candidate, refined: Refined) -> None:
-        if refined.frames is not None:
+        # A search killed before the record below was written left the clip already.
+        if refined.frames is not None and candidate.key not in self.run.clips.shards():
             self.run.clips.write_shard(candidate.key, [self._clip(candidate, refined)])
         record = {"scores": refined.scores, "cost": refined.cost, "provenance": {"refined": True}}
         self.run.write_refined(candidate.key, refined.video, record)

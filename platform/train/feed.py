@@ -98,12 +98,18 @@ class LatentSource:
 
 
 def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "train") -> ClipSource | LatentSource:
-    """The stage's clips. ValueError when the split has none, or when its first does not fit the configuration."""
+    """The stage's clips.
+
+    ValueError when the split has none, when they are of the other kind, encoded or not, when a shard is damaged, and
+    when the first clip does not fit the configuration.
+    """
     store = ClipStore(uri) if stage.objective == "vae" else LatentStore(uri)
+    column, job = ("frames", "render-worlds") if stage.objective == "vae" else ("latents", "encode-latents")
     index = index_rows([f"{store.uri}/{name}.parquet" for name in store.shards()], split=split)
     if not len(index):
-        job = "render-worlds" if stage.objective == "vae" else "encode-latents"
         raise ValueError(f"{uri} has no {split} clips: make some with `longtake {job}`")
+    if column not in index.stored:
+        raise ValueError(f"{uri} holds no {column}, which {stage.name} trains on: give a store that `{job}` has made")
     order = Order(len(index), stage.seed, stage.windows_per_clip)
     if stage.objective == "vae":
         source = ClipSource(index, order, stage.window, config.image_size)

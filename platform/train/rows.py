@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from longtake.platform.data.store import telling
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.file)
 
+    @property
+    def stored(self) -> list[str]:
+        """Names of the columns that the first file has."""
+        return _open(self.paths[0]).schema_arrow.names
+
     def columns(self, rows: Sequence[int] | np.ndarray, names: list[str]) -> list[dict[str, pa.Scalar]]:
         """The named columns of `rows` as Arrow scalars, in that order; a row group that holds several is read once."""
         groups: dict[tuple[int, int], list[int]] = {}
@@ -37,7 +45,8 @@ class RowIndex:
             groups.setdefault((int(self.file[row]), int(self.group[row])), []).append(position)
         found: list[dict[str, pa.Scalar]] = [{}] * len(rows)
         for (file, group), positions in groups.items():
-            table = _open(self.paths[file]).read_row_group(group, columns=names, use_threads=False)
+            with _telling(self.paths[file]):
+                table = _open(self.paths[file]).read_row_group(group, columns=names, use_threads=False)
             for position in positions:
                 place = int(self.place[rows[position]])
                 found[position] = {name: table.column(name)[place] for name in names}
@@ -49,20 +58,23 @@ class RowIndex:
 
 
 def index_rows(paths: Sequence[str], split: str | None = None, licences: Sequence[str] | None = None) -> RowIndex:
-    """Index the rows of `paths` (local paths or URLs) whose columns `split` and `licence` match."""
+    """Index the rows of `paths` (local paths or URLs) whose columns `split` and `licence` match.
+
+    ValueError, here and where rows are read, names a shard that is damaged.
+    """
     paths = tuple(sorted(paths))
     wanted = {name: allowed for name, allowed in (("split", split and [split]), ("licence", licences)) if allowed}
 
     def scan(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        file = _open(paths[number])
+        with _telling(paths[number]):
+            file = _open(paths[number])
+            about = file.read(columns=list(wanted)) if wanted else {}
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         group = np.repeat(np.arange(len(sizes)), sizes)
         place = np.concatenate([np.arange(size) for size in sizes]) if sizes else group
         keep = np.ones(len(group), bool)
-        if wanted:
-            table = file.read(columns=list(wanted))
-            for name, allowed in wanted.items():
-                keep &= np.isin(np.asarray(table[name].to_pylist(), dtype=str), list(allowed))
+        for name, allowed in wanted.items():
+            keep &= np.isin(np.asarray(about[name].to_pylist(), dtype=str), list(allowed))
         return np.full(int(keep.sum()), number), group[keep], place[keep]
 
     with ThreadPoolExecutor(16) as pool:
@@ -74,6 +86,10 @@ def index_rows(paths: Sequence[str], split: str | None = None, licences: Sequenc
 
 
 _files = threading.local()  # a Parquet reader belongs to one thread
+
+
+def _telling(path: str) -> AbstractContextManager[None]:
+    return telling(path, local="://" not in path)
 
 
 def _open(path: str) -> pq.ParquetFile:

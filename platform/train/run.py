@@ -14,6 +14,7 @@ import ray
 from longtake.model import presets, weights
 from longtake.model.checkpoint import local_folder
 from longtake.platform.observe import ray_cluster
+from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
 from longtake.platform.train.feed import open_source
 from longtake.platform.train.loop import train
@@ -42,6 +43,7 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     if args.steps is not None:
         stage = dataclasses.replace(stage, steps=args.steps)
     stage.micro_batches(args.workers)
+    refuse_url("--run", args.run)
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
     init = find_parts(args.init)
@@ -124,7 +126,7 @@ def _write_record(settings: Settings) -> None:
 def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=name.replace("_", "-"), description=about)
     add = parser.add_argument
-    add("--preset", default="tiny", choices=presets.names())
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
     add("--data", required=True, help="clip store (stage 0) or latent store: folder or s3://bucket/prefix")
     add("--run", default=f"runs/{name}", help="folder of the results; seen by all workers (default: %(default)s)")
     add("--init", action="append", default=[], metavar="FOLDER", help="run or weights to start from; may be repeated")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import dataclasses
 import errno
 import importlib
 import json
@@ -21,6 +23,7 @@ from longtake.model import weights
 from longtake.model.camera import parse_actions
 from longtake.model.presets import get
 from longtake.platform.data.clip import Clip
+from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import run_job, user_message
 from longtake.platform.store.run_folder import RunFolder
@@ -65,10 +68,17 @@ def desk(small_weights, tmp_path_factory) -> Path:
     ]
     for name in ("fan", "damaged", "truncated"):
         ClipStore(folder / name).write_shard("a", clips)
+    ClipStore(folder / "walks").write_shard("a", [dataclasses.replace(clip, split="train") for clip in clips])
     cut_in_half(folder / "truncated" / "a.parquet")
     damaged = bytearray((folder / "damaged" / "a.parquet").read_bytes())
     damaged[: len(damaged) * 9 // 10] = b"?" * (len(damaged) * 9 // 10)
     (folder / "damaged" / "a.parquet").write_bytes(damaged)
+
+    encoded = [EncodedClip("one", np.zeros((4, 3, 2, 3), np.float16), poses, good.intrinsics.numpy())]
+    for name in ("encoded", "cut_latents"):
+        LatentStore(str(folder / name)).write_shard("a", encoded)
+    cut_in_half(folder / "cut_latents" / "a.parquet")
+    ClipStore(folder / "training").write_shard("a", [dataclasses.replace(clip, split="train") for clip in clips])
     return folder
 
 
@@ -130,11 +140,12 @@ def test_of_a_search(refusal, desk, words, says):
     ("job", "words", "says"),
     [
         ("evaluate_worlds", "--store empty", "no clips in empty: render some"),
-        ("evaluate_worlds", "--store truncated", "truncated/a.parquet is not a whole shard: delete it and render it"),
-        ("evaluate_worlds", "--store damaged --long 0", "damaged/a.parquet is damaged: delete it and render it again"),
+        ("evaluate_worlds", "--store truncated", "truncated/a.parquet is not a whole shard: delete it and make it"),
+        ("evaluate_worlds", "--store damaged --long 0", "damaged/a.parquet is damaged: delete it and make it again"),
         ("evaluate_worlds", "--store fan --device gpu", "--device gpu cannot be used here"),
         ("evaluate_worlds", "--store fan --name My_figures", "must be lower-case words"),
         ("evaluate_worlds", "--store fan --out file", "--out file must be a local folder"),
+        ("evaluate_worlds", "--store fan --out s3://bucket/sheets", "must be a local folder"),
         ("encode_latents", "--data empty --latents new", "no clips in empty: render some"),
         ("encode_latents", "--data fan --latents new --frames 80", "--frames 80 must be 8 k + 1"),
         ("encode_latents", "--data fan --latents new --weights other", "other holds weights of preset 'sana-wm'"),
@@ -151,8 +162,19 @@ def test_of_other_users_of_weights(refusal, job, words, says):
         ("render_worlds", "--store file --clips 1", "file is a file: a clip store is a folder"),
         ("render_worlds", "--store new --clips 0", "0 clips of 81 frames: ask for at least 1"),
         ("render_worlds", "--store new --maps MAP99", "unknown map 'MAP99'"),
+        ("stage0_vae", "--data empty --preset tinny", "did you mean 'tiny'?"),
+        ("stage0_vae", "--data empty --run s3://bucket/run", "--run s3://bucket/run must be a local folder"),
+        ("stage0_vae", "--data truncated --run new", "truncated/a.parquet is not a whole shard: delete it and make it"),
+        ("stage1_gdn", "--data walks --run new", "walks holds no latents, which stage1_gdn trains on: give a store"),
         ("stage0_vae", "--data empty", "has no train clips: make some with `longtake render-worlds`"),
         ("stage1_gdn", "--data empty", "has no train clips: make some with `longtake encode-latents`"),
+        ("stage0_vae", "--data encoded", "holds no frames, which stage0_vae trains on: give a store that `render-worlds`"),
+        ("stage1_gdn", "--data training", "holds no latents, which stage1_gdn trains on: give a store that `encode-"),
+        ("stage0_vae", "--data truncated", "truncated/a.parquet is not a whole shard: delete it and make it again"),
+        ("stage0_vae", "--data damaged", "damaged/a.parquet is damaged: delete it and make it again"),
+        ("stage1_gdn", "--data cut_latents", "cut_latents/a.parquet is not a whole shard: delete it and make it again"),
+        ("stage1_gdn", "--data encoded --preset tinny", "did you mean 'tiny'?"),
+        ("stage1_gdn", "--data encoded --run s3://bucket/run", "--run s3://bucket/run must be a local folder"),
         ("stage1_gdn", "--data empty --set batchsize=3", "did you mean 'batch_size'?"),
         ("stage3_minute", "--data empty", "give its run with --init"),
         ("stage5_refiner", "--data empty --init empty", "--init empty is neither a run nor a weights folder"),
@@ -168,7 +190,7 @@ def test_of_makers_of_data_and_weights(refusal, job, words, says):
 def test_a_damaged_shard_is_named_where_it_is_encoded(desk, store):
     config = weights.config_for(get("tiny"), desk / "weights")
     encoder = ShardEncoder(config, str(desk / store), str(desk / "new"), str(desk / "weights"), 17, 1)
-    with pytest.raises(ValueError, match=f"{store}/a.parquet is .*: delete it and render it again"):
+    with pytest.raises(ValueError, match=f"{store}/a.parquet is .*: delete it and make it again"):
         encoder({"shard": np.array(["a"])})
     assert not (desk / "new").exists()
 

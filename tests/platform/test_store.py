@@ -130,7 +130,7 @@ def test_a_damaged_shard_is_named(local, damage):
     shard = Path(local.uri, "b.parquet")
     shard.write_bytes(damage(shard.read_bytes()))
     for read in (lambda: list(local.clips()), lambda: local.read("y")):
-        with pytest.raises(ValueError, match="clips/b.parquet is .*: delete it and render it again"):
+        with pytest.raises(ValueError, match="clips/b.parquet is .*: delete it and make it again"):
             read()
     assert next(local.clips()).key == "x"
 

@@ -70,7 +70,17 @@ def make_latents(folder):
 
 def settings(data, folder, name="stage0_vae", init=None, max_minutes=None, workers=1, **changes):
     values = dict(
-        frames=FRAMES, window=9, batch_size=2, steps=4, schedule="constant", warmup=0, ema=0.9, log_every=1, compile=""
+        frames=FRAMES,
+        window=9,
+        batch_size=2,
+        steps=4,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        schedule="constant",
+        warmup=0,
+        ema=0.9,
+        log_every=1,
+        compile="",
     )
     stage = dataclasses.replace(stages.get(name, "tiny"), **(values | changes))
     return Settings(stage, MICRO, data, str(folder), init or {}, workers, max_minutes)
