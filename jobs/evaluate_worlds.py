@@ -29,7 +29,6 @@ from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
 from longtake.platform.search.plan import long_actions
 from longtake.platform.store.files import refuse_url
-from longtake.platform.store.files import refuse_url
 
 
 def main(argv: list[str] | None = None) -> None:

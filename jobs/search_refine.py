@@ -37,7 +37,6 @@ from longtake.platform.search.plan import (
 )
 from longtake.platform.search.run import Search
 from longtake.platform.store.files import refuse_url
-from longtake.platform.store.files import refuse_url
 from longtake.platform.store.run_folder import RunFolder
 
 
