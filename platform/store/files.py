@@ -44,14 +44,6 @@ def refuse_url(option: str, folder: str | Path) -> None:
         raise ValueError(f"{option} {folder} must be a local folder: copy it to the object store afterwards")
 
 
-def check_destination(option: str, path: str | Path) -> None:
-    """ValueError unless `path`, given with `option`, is a local folder or can become one."""
-    if ":/" in str(path):  # of s3://bucket a Path keeps s3:/bucket
-        raise ValueError(f"{option} {path} must be a local folder: copy it to the object store afterwards")
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise ValueError(f"{path} is a file: {option} needs a folder")
-
-
 def remove_partial(folder: Path) -> None:
     """Delete what a killed process left half-written in `folder`."""
     for part in folder.glob(".*.part.*"):
