@@ -16,7 +16,7 @@ from longtake.platform.observe.job import debugging
 # Set before Ray is imported here or in a child: these are read at import time.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # torch's OpenMP threads spin while they wait. Where actors share the cores of a small machine, each then waits for
-# threads that the other's spinning keeps from running: two rollouts at once took 410 s instead of 5 s.
+# threads that the other's spinning keeps from running. A process that runs alone loses a little by this.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import ray  # noqa: E402

@@ -11,7 +11,7 @@ from longtake.platform.train.stages import Stage
 
 @dataclass(frozen=True)
 class Settings:
-    """A stage and the model it trains, where its clips come from, and where its results go (absolute paths or URLs).
+    """A stage and the model it trains, where its clips come from, and where its results go (an absolute path).
 
     init: folder of weights of each part ("vae", "dit", "text", "refiner") that an earlier run trained.
     """
