@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,11 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; platform/observe/ray_cluster.py says why
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig  # noqa: E402
 
 _DEVICES_NEEDED = {"cpu": 0, "gpu": 1, "multigpu": 2}
 
@@ -36,16 +41,10 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights that answer to --preset tiny and are small enough for every test, with two start images."""
-    import numpy as np
-    from PIL import Image
-
-    from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
-    from longtake.model.pipeline import WorldPipeline
-
-    config = WorldModelConfig(
-        name="tiny",
+def small_config() -> WorldModelConfig:
+    """A world model small enough to build in every test: all parts."""
+    return WorldModelConfig(
+        name="small",
         depth=4,
         hidden_size=64,
         num_heads=2,
@@ -54,9 +53,9 @@ def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_dim=32,
         mlp_ratio=1.0,
         image_size=(64, 96),
-        sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
+        sampler=SamplerConfig(num_steps=2, shift=3.0, guidance_scale=1.0),
         text=TextConfig(kind="bytes", length=12, dim=32, depth=1),
-        refiner=RefinerConfig(num_layers=1, num_heads=2, head_dim=24, text_dim=32, lora_rank=0, sigmas=(0.5, 0.0)),
+        refiner=RefinerConfig(num_layers=1, num_heads=2, head_dim=24, text_dim=32, lora_rank=0, sigmas=(0.5, 0.2, 0.0)),
         vae=dict(
             block_out_channels=(16, 32, 32, 32),
             layers_per_block=(0, 0, 0, 0, 1),
@@ -65,6 +64,19 @@ def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             upsample_factor=(1, 1, 2),
             decoder_spatial_padding_mode="zeros",
         ),
+    )
+
+
+@pytest.fixture(scope="session")
+def small_weights(small_config: WorldModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights that answer to --preset tiny and take one step in each stage, with two start images."""
+    from longtake.model.pipeline import WorldPipeline
+
+    config = dataclasses.replace(
+        small_config,
+        name="tiny",
+        sampler=dataclasses.replace(small_config.sampler, num_steps=1),
+        refiner=dataclasses.replace(small_config.refiner, sigmas=(0.5, 0.0)),
     )
     folder = tmp_path_factory.mktemp("small_weights")
     WorldPipeline.from_config(config).save_pretrained(folder)

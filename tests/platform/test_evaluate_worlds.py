@@ -12,8 +12,6 @@ from PIL import Image
 
 from longtake.jobs import evaluate_worlds
 from longtake.model.camera import parse_actions
-from longtake.model.config import SamplerConfig, TextConfig, WorldModelConfig
-from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.identification import fans, identify, psnr_db
@@ -62,31 +60,9 @@ def test_keys_that_are_no_fans_are_refused(keys):
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory) -> list[str]:
-    """A tiny model of random weights, and a store of two starts with three renderings each."""
+def command(small_weights, tmp_path_factory) -> list[str]:
+    """Small weights, and a store of two starts with three renderings each."""
     folder = tmp_path_factory.mktemp("evaluate")
-    config = WorldModelConfig(
-        name="tiny",
-        depth=4,
-        hidden_size=64,
-        num_heads=2,
-        head_dim=32,
-        latent_channels=16,
-        text_dim=32,
-        mlp_ratio=1.0,
-        image_size=(64, 96),
-        sampler=SamplerConfig(num_steps=1, shift=3.0, guidance_scale=1.0),
-        text=TextConfig(kind="bytes", length=12, dim=32, depth=1),
-        vae=dict(
-            block_out_channels=(16, 32, 32, 32),
-            layers_per_block=(0, 0, 0, 0, 1),
-            decoder_block_out_channels=(16, 16, 32),
-            decoder_layers_per_block=(1, 0, 0, 0),
-            upsample_factor=(1, 1, 2),
-            decoder_spatial_padding_mode="zeros",
-        ),
-    )
-    WorldPipeline.from_config(config, parts=("text", "vae", "dit")).save_pretrained(folder / "weights")
     walks = {text: parse_actions(text, image_size=(64, 96)) for text in WAYS}
     clips = [
         Clip(
@@ -104,7 +80,7 @@ def command(tmp_path_factory) -> list[str]:
         for way, text in enumerate(WAYS)
     ]
     ClipStore(folder / "fan").write_shard("fan", clips)
-    return ["--weights", str(folder / "weights"), "--store", str(folder / "fan"), "--out", str(folder / "out")]
+    return ["--weights", str(small_weights), "--store", str(folder / "fan"), "--out", str(folder / "out")]
 
 
 def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
