@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     done = sum(shard.num_clips for shard in shards) - sum(shard.num_clips for shard in left)
     if left:
         _render_all(args.store, left, args.workers, Progress(clips, label="render", initial=done))
+    if not store.shards():
+        raise ValueError(f"no place had room and light for {args.frames} frames: give other --maps or another --seed")
     print(f"{len(store)} clips in {store.uri}")
     if args.preview:
         for path in write_preview(store, shards):

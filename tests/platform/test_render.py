@@ -20,7 +20,7 @@ from longtake.model.camera import Trajectory, invert, parse_actions, plucker_ray
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.render import mujoco_rooms, paths, preview, vizdoom_worlds
 from longtake.platform.data.render.mujoco_rooms import MujocoRooms, Room
-from longtake.platform.data.render.paths import ACTION_SPEEDS, FAN, FPS, KINDS, Shot, random_path
+from longtake.platform.data.render.paths import ACTION_SPEEDS, FAN, FPS, KINDS, NoStart, Shot, random_path
 from longtake.platform.data.render.shards import Shard, places, plan
 from longtake.platform.data.render.vizdoom_worlds import VizdoomWorld
 from longtake.platform.data.store import ClipStore
@@ -291,6 +291,23 @@ def test_a_second_run_renders_nothing(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("3 clips in ") == 2
     with pytest.raises(ValueError, match="of another number of clips"):
         render_worlds.main([*command(tmp_path / "clips"), "--clips", "8"])
+
+
+def test_a_place_without_room_leaves_no_shard_and_the_others_their_clips(tmp_path, monkeypatch):
+    clip, roomy = VizdoomWorld.clip, ["freedoom2/MAP01"]
+
+    def cramped(world, seed, index, frames):
+        if world.map_name not in roomy or index:
+            raise NoStart("no room")
+        return clip(world, seed, index, frames)
+
+    monkeypatch.setattr(VizdoomWorld, "clip", cramped)
+    render_worlds.main(command(tmp_path / "clips"))
+    store = ClipStore(tmp_path / "clips")
+    assert [clip.provenance["map"] for clip in store.clips()] == ["MAP01"] and len(store.shards()) == 1
+    roomy.clear()
+    with pytest.raises(ValueError, match="no place had room"):
+        render_worlds.main(command(tmp_path / "none"))
 
 
 def test_processes_render_what_one_process_renders(ray_cluster, tmp_path):

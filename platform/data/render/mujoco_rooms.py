@@ -16,6 +16,7 @@ import numpy as np
 
 from longtake.platform.data.clip import Clip, Split
 from longtake.platform.data.render.paths import FPS, NoStart, Path, Shot, drift, fan, random_path, wander
+from longtake.platform.data.render.pixel_filter import pixels_of
 
 IMAGE_SIZE = (192, 320)
 LICENCE = "CC0-1.0"
@@ -130,7 +131,7 @@ class MujocoRooms:
         frames = []
         for pose in c2w:
             self._aim(model, data, pose)
-            frames.append(cv2.resize(self._renderer.render(), (width, height), interpolation=cv2.INTER_AREA))
+            frames.append(pixels_of(self._renderer.render(), self.image_size))
         depths = self._depths(model, data, c2w) if depth else None
         return Shot(np.stack(frames), c2w, depths)
 

@@ -74,7 +74,7 @@ def plan(found: Sequence[str], clips: int, frames: int, seed: int, fan: bool = F
 
 
 def render(shard: Shard, store: ClipStore) -> tuple[int, int]:
-    """Render and store a shard: (clips stored, clips that the place had no room for)."""
+    """Render and store a shard, none where no clip found room: (clips stored, clips without room)."""
     failed = 0
 
     def clips() -> Iterator[Clip]:
@@ -93,9 +93,12 @@ def render(shard: Shard, store: ClipStore) -> tuple[int, int]:
                     continue
                 yield from made
         if failed == shard.count:
-            raise NoStart(f"{shard.place} has no start for any clip of {shard.name}: leave it out of --maps")
+            raise NoStart(shard.name)
 
-    store.write_shard(shard.name, clips())
+    try:
+        store.write_shard(shard.name, clips())
+    except NoStart:
+        return 0, shard.num_clips
     failed *= 8 if shard.fan else 1
     return shard.num_clips - failed, failed
 

@@ -22,6 +22,7 @@ from longtake.platform.data.render.doom_map import UNITS_PER_METRE, DoomMap, rea
 from longtake.platform.data.render.doom_space import HEIGHT_SCALE, Space
 from longtake.platform.data.render.doom_wad import EYE, scene_wad
 from longtake.platform.data.render.paths import ACTION_SPEEDS, FPS, KINDS, NoStart, Path, Shot, fan, random_path, wander
+from longtake.platform.data.render.pixel_filter import pixels_of
 
 IMAGE_SIZE = (192, 320)
 LICENCE = "BSD-3-Clause"
@@ -153,7 +154,7 @@ class VizdoomWorld:
         centred = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         fine = cv2.warpPerspective(image, centred @ homography @ finer, (width * s, height * s), flags=flags)
-        return cv2.LUT(cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA), _BRIGHTEN)
+        return cv2.LUT(pixels_of(fine, self.image_size), _BRIGHTEN)
 
     def _project_depth(self, depth: np.ndarray, rays: np.ndarray, homography: np.ndarray) -> np.ndarray:
         height, width = self.image_size
