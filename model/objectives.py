@@ -29,16 +29,24 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 class VAEObjective(nn.Module):
     """Reconstruction of video windows: |e| + squared + edge terms, and a KL term that keeps the latents smooth.
 
-    batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1.
+    batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1. freeze_encoder trains the decoder alone, from an autoencoder
+    that was loaded: latents encoded before remain valid.
     """
 
     latent_moments: Tensor
 
     def __init__(
-        self, config: WorldModelConfig, squared_weight: float = 10.0, edge_weight: float = 0.25, kl_weight: float = 1e-3
+        self,
+        config: WorldModelConfig,
+        squared_weight: float = 10.0,
+        edge_weight: float = 0.25,
+        kl_weight: float = 1e-3,
+        freeze_encoder: bool = False,
     ):
         super().__init__()
         self.vae = build_vae(config)
+        self.freeze_encoder = freeze_encoder
+        self.vae.encoder.requires_grad_(not freeze_encoder)
         self.squared_weight, self.edge_weight, self.kl_weight = squared_weight, edge_weight, kl_weight
         self.register_buffer("latent_moments", torch.zeros(2, config.latent_channels), persistent=True)
 
@@ -53,7 +61,8 @@ class VAEObjective(nn.Module):
         edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = error.abs().mean() + self.squared_weight * squared + self.edge_weight * edges + self.kl_weight * kl
-        self._track(mean.detach())
+        if not self.freeze_encoder:
+            self._track(mean.detach())
         return loss, {"psnr_db": 10 * torch.log10(4 / squared.detach()), "kl": kl.detach()}
 
     def _track(self, mean: Tensor, momentum: float = 0.995) -> None:
@@ -72,9 +81,10 @@ class VAEObjective(nn.Module):
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write `vae/` with the normalisation measured while training. A dead channel keeps a tenth of unit scale."""
-        first, second = self.latent_moments
-        self.vae.latents_mean.copy_(first)
-        self.vae.latents_std.copy_((second - first.square()).clamp(min=0.01).sqrt())
+        if not self.freeze_encoder:
+            first, second = self.latent_moments
+            self.vae.latents_mean.copy_(first)
+            self.vae.latents_std.copy_((second - first.square()).clamp(min=0.01).sqrt())
         weights.save_part(self.vae, folder, "vae", dtype)
 
     def load(self, folder: Path) -> None:

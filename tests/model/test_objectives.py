@@ -5,7 +5,7 @@ import torch
 
 from longtake.model.objectives import FlowObjective, RefinerObjective, VAEObjective, build_objective
 from longtake.model.text import tokenize
-from longtake.model.vae import encode_frames
+from longtake.model.vae import decode_latents, encode_frames
 
 pytestmark = pytest.mark.cpu
 
@@ -64,6 +64,26 @@ def test_exported_latents_have_unit_scale(config, tmp_path):
     assert isinstance(reloaded, VAEObjective)
     latents = encode_frames(reloaded.vae, frames)
     assert abs(latents.mean()) < 0.1 and 0.8 < latents.std() < 1.2
+
+
+def test_a_frozen_encoder_keeps_its_latents(config, tmp_path):
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8)
+    first = VAEObjective(config)
+    first({"frames": frames}, generator())
+    first.export(tmp_path / "first", torch.float32)
+    second = VAEObjective(config, freeze_encoder=True)
+    second.load(tmp_path / "first")
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    second({"frames": frames}, generator())[0].backward()
+    optimizer.step()
+    second.export(tmp_path / "second", torch.float32)
+    first.load(tmp_path / "first")
+    latents = encode_frames(first.vae, frames)
+    decoded = next(decode_latents(first.vae, latents))
+    first.load(tmp_path / "second")
+    assert torch.equal(encode_frames(first.vae, frames), latents)
+    assert not torch.equal(next(decode_latents(first.vae, latents)), decoded)
 
 
 def test_the_image_frame_has_no_loss_when_it_is_the_condition(config, batch, monkeypatch):
