@@ -42,12 +42,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(json.dumps(vars(args) | {"weights": folder}, indent=2))
         return
-    encode(config, args.data, args.latents, folder, args.frames, args.batch)
+    encode(config, args.data, args.latents, folder, args.frames, args.batch, args.actors_per_gpu)
     print(f"{len(LatentStore(args.latents))} encoded clips in {args.latents}")
 
 
-def encode(config: WorldModelConfig, clips: str, latents: str, folder: str, frames: int, batch: int) -> None:
-    """Encode every shard of the clip store that the latent store lacks, one Ray Data actor a GPU (or one on CPUs).
+def encode(
+    config: WorldModelConfig,
+    clips: str,
+    latents: str,
+    folder: str,
+    frames: int,
+    batch: int,
+    actors_per_gpu: int | None = None,
+) -> None:
+    """Encode every shard of the clip store that the latent store lacks, by Ray Data actors (on CPUs by one).
+
+    actors_per_gpu: while one decodes pictures, another keeps the GPU busy; by default 6 for `tiny`, else 1.
 
     A clip gives one row for each `frames` consecutive frames; what is left of it is dropped. ValueError when `frames`
     is not 8 k + 1, when images are not of the configuration's size, and when the latent store was encoded otherwise.
@@ -55,6 +65,9 @@ def encode(config: WorldModelConfig, clips: str, latents: str, folder: str, fram
     stride = config.vae_stride[0]
     if frames < 1 or (frames - 1) % stride or batch < 1:
         raise ValueError(f"--frames {frames} must be {stride} k + 1, and --batch {batch} at least 1")
+    actors_per_gpu = actors_per_gpu if actors_per_gpu is not None else 6 if config.name == "tiny" else 1
+    if actors_per_gpu < 1:
+        raise ValueError(f"--actors-per-gpu {actors_per_gpu} must be at least 1")
     shards = ClipStore(clips).shards()
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
@@ -74,9 +87,9 @@ def encode(config: WorldModelConfig, clips: str, latents: str, folder: str, fram
         ShardEncoder,
         fn_constructor_args=(config, clips, latents, folder, frames, batch),
         batch_size=1,
-        num_gpus=1 if gpus else 0,
+        num_gpus=1 / actors_per_gpu if gpus else 0,
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=min(max(gpus, 1), len(left))),
+        compute=ray.data.ActorPoolStrategy(size=min(max(gpus * actors_per_gpu, 1), len(left))),
     )
     with Progress(len(shards), "shards", "encode", initial=len(shards) - len(left)) as progress:
         encoded = 0
@@ -138,7 +151,7 @@ class ShardEncoder:
             clip = decode_clip(index.read([row], SCHEMA.names)[0], start, start + self.frames)
             return dataclasses.replace(clip, key=f"{clip.key}@{start}") if start else clip
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             ahead = deque(pool.submit(read, *job) for job in islice(jobs, 2 * self.batch))
             if not ahead:
                 raise ValueError(f"shard {name} has no clip of {self.frames} frames: lower --frames")
@@ -203,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", help="run of stage0_vae or weights folder (default: those shipped)")
     add("--frames", type=int, default=81, help="frames a row: 81 are 5 s, 961 a minute")
     add("--batch", type=int, default=8, help="rows encoded at once")
+    add("--actors-per-gpu", type=int, help="default: 6 for tiny, else 1")
     add("--dry-run", action="store_true", help="print the resolved arguments")
     return parser
 
