@@ -1,24 +1,22 @@
-"""Batches on the device, in the run's own order: read ahead by threads, or drawn from a set that stays there.
+"""Batches on the device, in the run's own order: decoded ahead by processes, or drawn from a set that stays there.
 
 A source turns (first sample, count) into arrays, so that a resumed run starts at any sample without reading what came
-before. Parquet and JPEG decoding release the interpreter's lock: threads of the training process keep up with a GPU,
-and no batch travels between processes.
+before.
 """
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
@@ -35,7 +33,7 @@ _CHUNK = 64  # rows a thread reads while the resident set is loaded
 
 
 class Source(Protocol):
-    """What reads samples; used by many threads at once."""
+    """What reads samples; it may be pickled."""
 
     def batch(self, start: int, count: int) -> Arrays: ...
 
@@ -133,41 +131,45 @@ def _check_latents(source: LatentSource, config: WorldModelConfig, frames: int) 
         )
 
 
-def stream(source: Source, share: Share, number: int, count: int, device: torch.device) -> Iterator[Batch]:
-    """This worker's micro-batches `number` ... `number + count - 1` on the device, a few decoded ahead."""
-    threads = max(1, min(16, (os.cpu_count() or 1) // share.workers))
-    cv2.setNumThreads(0)
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+def stream(
+    source: Source, share: Share, number: int, count: int, device: torch.device, processes: int | None = None
+) -> Iterator[Batch]:
+    """This worker's micro-batches `number` ... `number + count - 1` on the device.
 
-    def load(k: int) -> tuple[Batch, Any]:
-        return _to_device(source.batch(share.start(k), share.micro), device, copies)
-
-    numbers = iter(range(number, number + count))
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="feed")
-    waiting = deque(pool.submit(load, k) for k in islice(numbers, threads + 2))
+    processes: how many decode ahead, 0 to decode here; by default as many as keep up with a GPU, none for a CPU.
+    """
+    gpu = device.type == "cuda"
+    if processes is None:
+        processes = max(1, min(12, (os.cpu_count() or 1) // share.workers - 2)) if gpu else 0
+    loader = DataLoader(
+        _MicroBatches(source, share),  # type: ignore[arg-type]  # a mapping is enough for a sampler of our own
+        batch_size=None,
+        sampler=range(number, number + count),
+        num_workers=processes,
+        prefetch_factor=4 if processes else None,
+        pin_memory=gpu,
+        # Neither Ray's threads nor s3fs survive a fork.
+        multiprocessing_context="spawn" if processes else None,
+    )
     try:
-        while waiting:
-            batch, copied = waiting.popleft().result()
-            waiting.extend(pool.submit(load, k) for k in islice(numbers, 1))
-            if copied is not None:
-                torch.cuda.current_stream(device).wait_event(copied)
-                for tensor in batch.values():
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for batch in loader:
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    except ValueError as error:
+        # A process' error arrives with its traceback as its message.
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
-def _to_device(arrays: Arrays, device: torch.device, copies: Any) -> tuple[Batch, Any]:
-    """Tensors on the device, and the event after which they are there."""
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if copies is None:
-        return tensors, None
-    with torch.cuda.stream(copies):
-        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-        copied = torch.cuda.Event()
-        copied.record()
-    return moved, copied
+@dataclass(frozen=True)
+class _MicroBatches:
+    """A worker's micro-batches by number."""
+
+    source: Source
+    share: Share
+
+    def __getitem__(self, number: int) -> Batch:
+        cv2.setNumThreads(0)
+        arrays = self.source.batch(self.share.start(number), self.share.micro)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Resident:

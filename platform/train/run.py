@@ -17,7 +17,6 @@ from longtake.platform.observe import ray_cluster
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
 from longtake.platform.train.feed import open_source
-from longtake.platform.train.loop import train
 from longtake.platform.train.settings import Settings
 
 
@@ -104,6 +103,8 @@ def launch(settings: Settings) -> None:
 
 
 def _worker(config: dict[str, Settings]) -> None:
+    from longtake.platform.train.loop import train  # seconds of imports that only workers need
+
     train(config["settings"])
 
 

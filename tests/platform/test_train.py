@@ -16,7 +16,7 @@ from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import user_message
-from longtake.platform.train import checkpoint, log, run, stages
+from longtake.platform.train import checkpoint, feed, log, run, stages
 from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
 from longtake.platform.train.settings import Settings
@@ -199,6 +199,24 @@ def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path):
     assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
     (tmp_path / "step-00000001" / "COMPLETE").unlink()
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_processes_decode_what_the_trainer_itself_would(tmp_path):
+    stage = dataclasses.replace(stages.get("stage0_vae", "tiny"), frames=FRAMES, window=9, batch_size=2)
+    source = feed.open_source(stage, MICRO, make_clips(tmp_path))
+    here, elsewhere = (
+        list(feed.stream(source, Share(0, 1, 2), 1, 4, torch.device("cpu"), processes)) for processes in (0, 2)
+    )
+    assert len(here) == 4 and here[0]["frames"].shape == (2, 9, 32, 64, 3)
+    assert all(torch.equal(a["frames"], b["frames"]) for a, b in zip(here, elsewhere, strict=True))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_a_decoding_process_finds_wrong_is_said_in_one_line(tmp_path, processes):
+    stage = dataclasses.replace(stages.get("stage0_vae", "tiny"), frames=81, window=FRAMES, batch_size=2)
+    source = dataclasses.replace(feed.open_source(stage, MICRO, make_clips(tmp_path)), window=81)
+    with pytest.raises(ValueError, match=f"^a clip has {FRAMES} frames: set window={FRAMES} or less with --set$"):
+        next(feed.stream(source, Share(0, 1, 2), 0, 1, torch.device("cpu"), processes))
 
 
 def test_an_epoch_draws_each_clip_as_often_as_the_stage_says():
