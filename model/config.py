@@ -68,6 +68,10 @@ class WorldModelConfig:
         scale.
       softmax_dtype: what queries, keys and values of softmax blocks are rounded to; all releases round to bfloat16.
       key_map: which keys the action language means (camera/actions.py).
+
+    contractive_gdn: divide beta by a frame's sum of beta |k|^2 where that exceeds 1, so that no frame can make the
+      GDN's state grow, however long the video. The releases leave that to training: their keys are normalised over all
+      heads, which bounds the sum on average but lets it reach the number of heads in one.
     """
 
     name: str = "sana-wm"
@@ -89,6 +93,7 @@ class WorldModelConfig:
     softmax_scale_camera: SoftmaxScale = "padded"
     softmax_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     key_map: str = "official"
+    contractive_gdn: bool = False
     image_size: tuple[int, int] = (704, 1280)
     vae_stride: tuple[int, int, int] = (8, 32, 32)
     fps: float = 16.0

@@ -131,6 +131,7 @@ def _forward(config: WorldModelConfig, tensors: dict[str, Tensor], *inputs: obje
 # diffusers computes as the first release does, whatever a preset says.
 _TINY = replace(
     presets.get("tiny"),
+    contractive_gdn=False,
     softmax_dtype="bfloat16",
     ucpe_downscale=True,
     softmax_scale_main="head_dim",

@@ -158,7 +158,10 @@ class WorldPipeline:
         _, channels, _, height, width = image_latents.shape
         start = clip_noise((channels, frames, height, width), seeds, self.device)
         start[:, :, :1] = image_latents
-        return euler(velocity, start, schedule(num_steps or sampler.num_steps, sampler.shift), 1, progress)
+        latents = euler(velocity, start, schedule(num_steps or sampler.num_steps, sampler.shift), 1, progress)
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
+        return latents
 
     @torch.no_grad()
     def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:

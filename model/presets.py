@@ -17,6 +17,7 @@ TINY = WorldModelConfig(
     mlp_ratio=2.0,
     text_dim=128,
     softmax_dtype="float32",
+    contractive_gdn=True,
     image_size=(192, 320),
     sampler=SamplerConfig(num_steps=20, shift=4.0, guidance_scale=1.0),
     text=TextConfig(kind="bytes", length=96, dim=128, depth=2),

@@ -126,6 +126,7 @@ class GDNAttention(DualBranchAttention):
 
     def __init__(self, config: WorldModelConfig):
         super().__init__(config)
+        self.contractive = config.contractive_gdn
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
 
@@ -154,22 +155,30 @@ class GDNAttention(DualBranchAttention):
         scale = (q.shape[-1] * (q.shape[1] // frames)) ** -0.5
         k = k * scale
         q_rotated, k_rotated = rotate(q, at.rope), rotate(k, at.rope)
-        maps = [frame_maps(by_frame(k_rotated), by_frame(v), beta, decay)]
+        beta_main = self._bounded(beta, by_frame(k))
+        maps = [frame_maps(by_frame(k_rotated), by_frame(v), beta_main, decay)]
         if camera is not None:
             q_cam, k_cam, v_cam = camera
             k_plain = k_cam.float() * scale
             q_cam, k_ray, v_cam = self.to_rays((q_cam, k_plain, v_cam), at)
             discount = by_frame(self._inflation(k_plain, k_ray)).mean(2, keepdim=True).clamp(min=1)
-            maps.append(frame_maps(by_frame(k_ray), by_frame(v_cam), beta / discount, decay))
+            beta_camera = self._bounded(beta / discount, by_frame(k_ray))
+            maps.append(frame_maps(by_frame(k_ray), by_frame(v_cam), beta_camera, decay))
         transitions, increments = (torch.cat(parts) for parts in zip(*maps, strict=True))
         states = bidirectional_states(transitions, increments).chunk(len(maps))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
         ones = torch.ones_like(by_frame(k)[..., :1])
-        mass = bidirectional_states(*frame_maps(by_frame(k), ones, beta, decay))
+        mass = bidirectional_states(*frame_maps(by_frame(k), ones, beta_main, decay))
         out = read_states(by_frame(q_rotated), states[0]) / (read_states(by_frame(q), mass) + 1e-8)
         if camera is None:
             return out.flatten(1, 2), None
         return out.flatten(1, 2), read_states(by_frame(q_cam), states[1]).flatten(1, 2)
+
+    def _bounded(self, beta: Tensor, k: Tensor) -> Tensor:
+        """beta (B, T, S, H) such that I - K^T diag(beta) K of keys (B, T, S, H, D) has no eigenvalue outside [0, 1]."""
+        if not self.contractive:
+            return beta
+        return beta / (beta * k.square().sum(-1)).sum(2, keepdim=True).clamp(min=1)
 
     @staticmethod
     def _inflation(plain: Tensor, encoded: Tensor) -> Tensor:

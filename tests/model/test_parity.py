@@ -7,6 +7,8 @@ import torch
 from diffusers import SanaWMTransformer3DModel
 
 from longtake.model import WorldModel, convert, presets  # type: ignore[attr-defined]  # made in longtake/__init__.py
+from longtake.model.dit.attention import GDNAttention, Positions
+from longtake.model.dit.positions import RotaryTable
 from longtake.model.parity import CASES, diffusers_model, relative_error
 
 pytestmark = pytest.mark.cpu
@@ -85,3 +87,20 @@ def test_gradients_reach_every_parameter_that_the_release_trains(config):
         softmax_gate = ".3." in name and any(gate in name for gate in gates)
         expected = not softmax_gate and not any(part in name for part in unused)
         assert (parameter.grad is not None and bool(parameter.grad.any())) == expected, name
+
+
+@pytest.mark.parametrize("contractive", [True, False])
+def test_a_contractive_state_stays_finite_over_any_length(config, contractive):
+    """Keys gathered in one head, which the normalisation over all heads allows, make the plain state explode."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(config, contractive_gdn=contractive)
+    attention = GDNAttention(config)
+    with torch.no_grad():
+        attention.k_norm.weight[config.head_dim :] = 0
+        attention.k_norm.weight[: config.head_dim] = 8
+        attention.A_log.fill_(-9)  # forget nothing
+        frames, tokens = 200, 6
+        rope, _ = RotaryTable(config.head_dim, frames)((frames, 2, 3), torch.device("cpu"))
+        x = torch.randn(1, frames * tokens, config.hidden_size)
+        out = attention(x, Positions(frames, rope, rope))
+    assert bool(torch.isfinite(out).all()) == contractive

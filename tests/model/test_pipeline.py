@@ -47,6 +47,13 @@ def test_a_clip_does_not_depend_on_its_neighbours(pipeline):
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_video_that_diverges_is_refused(pipeline):
+    for block in pipeline._part("dit").blocks:
+        torch.nn.init.constant_(block.attn.proj.weight, torch.inf)
+    with pytest.raises(ValueError, match="these weights diverge over 3 latent frames: ask for a shorter video"):
+        generate(pipeline, np.zeros((64, 96, 3), dtype=np.uint8), [1])
+
+
 def test_saved_weights_generate_the_same_video(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, torch.float32)
     reloaded = WorldPipeline.from_pretrained("small", tmp_path)
