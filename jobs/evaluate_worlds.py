@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from longtake.model import presets, weights
-from longtake.model.camera import KEY_MAPS, CameraFeatures, Trajectory, parse_actions
+from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = weights.resolve(config, args.weights)
     config = weights.config_for(config, folder)
     store = ClipStore(args.store)
-    starts = dict(list(fans(store.keys()).items())[: args.starts])
+    starts = _spread(fans(store.keys()), args.starts)
     clips = ClipStore(args.clips or args.store)
     if args.dry_run:
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -66,6 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.write:
         print(f"figures: {measurements.write(args.name or f'{config.name}_quality'.replace('-', '_'), figures)}")
     print(f"contact sheets: {args.out.resolve()}")
+
+
+def _spread(starts: dict[str, list[str]], count: int) -> dict[str, list[str]]:
+    """`count` of the starts, evenly over all places."""
+    names = list(starts)
+    chosen = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
+    return {names[at]: starts[names[at]] for at in chosen}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -200,25 +207,14 @@ class Evaluation:
         self, clips: list[Clip], trajectories: list[Trajectory], seeds: list[int], with_camera: bool
     ) -> Iterator[np.ndarray]:
         """Videos (F, H, W, 3) uint8 from the clips' first frames, decoded one at a time."""
-        pipeline, config = self.pipeline, self.config
+        pipeline, captions = self.pipeline, [clip.caption for clip in clips]
+        first = [clip.frames[0] for clip in clips]
         with self._precision():
-            start = torch.cat([pipeline.encode_image(clip.frames[0]) for clip in clips])
-            captions = [clip.caption for clip in clips]
-            text, mask = pipeline.encode_text(captions)
-            guided = config.sampler.guidance_scale != 1
-            negative = pipeline.encode_text([""] * len(clips), negative=True) if guided else None
-            cameras = [trajectory.features(config.image_size, config.vae_stride) for trajectory in trajectories]
-            camera = CameraFeatures.cat(cameras) if with_camera else None
-            length = cameras[0].conditions.shape[1]
-            steps = self.args.num_steps
-            latents = pipeline.rollout(
-                start, text, mask, camera, seeds, steps, num_latent_frames=length, negative=negative
-            ).float()
-        for index in range(len(clips)):
-            one = latents[index : index + 1]
+            latents = pipeline.generate(first, captions, trajectories, seeds, self.args.num_steps, with_camera).float()
+        for one, caption, seed in zip(latents.split(1), captions, seeds, strict=True):
             with self._precision():
                 if self.args.refine:
-                    one = pipeline.refine(one, text[index : index + 1], mask[index : index + 1], [seeds[index]])
+                    one = pipeline.refine(one, *pipeline.encode_text([caption]), [seed])
                 video = pipeline.decode(one.float())
             yield video
 

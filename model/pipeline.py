@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from longtake.model import presets, weights
-from longtake.model.camera import CameraFeatures
+from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner
@@ -162,6 +162,33 @@ class WorldPipeline:
         if not torch.isfinite(latents).all():
             raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
         return latents
+
+    def generate(
+        self,
+        images: Sequence[ImageInput],
+        captions: list[str],
+        trajectories: Sequence[Trajectory],
+        seeds: Sequence[int],
+        num_steps: int | None = None,
+        follow_camera: bool = True,
+    ) -> Tensor:
+        """Stage 1 from what a user has: latents (B, C, T, h, w) of trajectories of one length.
+
+        follow_camera=False leaves the camera out of the model, but for the length.
+        """
+        config = self.config
+        camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in trajectories])
+        start = torch.cat([self.encode_image(image) for image in images])
+        guided = config.sampler.guidance_scale != 1
+        return self.rollout(
+            start,
+            *self.encode_text(captions),
+            camera if follow_camera else None,
+            seeds,
+            num_steps,
+            num_latent_frames=camera.conditions.shape[1],
+            negative=self.encode_text([""] * len(captions), negative=True) if guided else None,
+        )
 
     @torch.no_grad()
     def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:

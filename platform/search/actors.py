@@ -12,7 +12,6 @@ import numpy as np
 import ray
 import torch
 
-from longtake.model.camera import CameraFeatures
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.evaluate.scores import score
 from longtake.platform.search.plan import Candidate
@@ -67,12 +66,6 @@ class Generator:
         """Loaded by the first call: Ray passes on what a method raised, but not the error of a constructor."""
         return self.model.load("text", "vae", "dit")
 
-    @cached_property
-    def negative(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Features of the negative prompt, where the preset uses guidance."""
-        guided = self.pipeline.config.sampler.guidance_scale != 1
-        return self.pipeline.encode_text([""], negative=True) if guided else None
-
     def make(self, candidates: list[Candidate], latents: list[np.ndarray | None]) -> list[Made]:
         """Roll out candidates of equal length together; those whose latents an earlier run left are only scored."""
         pipeline, started = self.pipeline, time.monotonic()
@@ -87,15 +80,13 @@ class Generator:
         ]
 
     def _rollouts(self, candidates: list[Candidate]) -> list[np.ndarray]:
-        pipeline, config = self.pipeline, self.pipeline.config
-        start = torch.cat([pipeline.encode_image(candidate.image.pixels) for candidate in candidates])
-        text, mask = pipeline.encode_text([candidate.image.caption for candidate in candidates])
-        camera = CameraFeatures.cat([c.trajectory.features(config.image_size, config.vae_stride) for c in candidates])
-        negative = None
-        if self.negative is not None:
-            negative = (self.negative[0].expand(len(text), -1, -1), self.negative[1].expand(len(text), -1))
-        seeds = [candidate.seed for candidate in candidates]
-        latents = pipeline.rollout(start, text, mask, camera, seeds, self.model.num_steps, negative=negative)
+        latents = self.pipeline.generate(
+            [candidate.image.pixels for candidate in candidates],
+            [candidate.image.caption for candidate in candidates],
+            [candidate.trajectory for candidate in candidates],
+            [candidate.seed for candidate in candidates],
+            self.model.num_steps,
+        )
         return [part.cpu().numpy().astype(np.float16) for part in latents]
 
     def _scores(self, candidate: Candidate, latents: np.ndarray) -> dict[str, float]:
