@@ -27,7 +27,7 @@ from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import SCHEMA, ClipStore, decode_clip
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.train.rows import index_rows
+from longtake.platform.train.rows import index_rows, open_with
 from longtake.platform.train.run import find_parts
 
 
@@ -71,6 +71,7 @@ def encode(
     shards = ClipStore(clips).shards()
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
+    open_with(f"{ClipStore(clips).uri}/{shards[0]}.parquet", SCHEMA.names)
     _claim(latents, {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
     done = set(LatentStore(latents).shards())
     left = [name for name in shards if name not in done]

@@ -250,6 +250,8 @@ def decode_clip(row: Mapping[str, Any], start: int | None = None, stop: int | No
 
     The key of a part stays that of the whole; its `actions` are dropped, since they describe the whole.
     """
+    if missing := [name for name in SCHEMA.names if name not in row]:
+        raise ValueError(f"a row without {missing[0]!r} is no clip: give a store made by `longtake render-worlds`")
     wanted = slice(start, stop)
     whole = wanted.indices(row["num_frames"]) == (0, row["num_frames"], 1)
     frames = [decode_frame(data) for data in row["frames"][wanted]]

@@ -59,8 +59,11 @@ class ClipSource:
             if len(frames) < self.window:
                 raise ValueError(f"a clip has {len(frames)} frames: set window={len(frames)} or less with --set")
             first = int(self.order.generator(start + n).integers(len(frames) - self.window + 1))
-            for k in range(self.window):
-                _decode_jpeg(np.frombuffer(frames[first + k].as_buffer(), np.uint8), out[n, k])
+            try:
+                for k in range(self.window):
+                    _decode_jpeg(np.frombuffer(frames[first + k].as_buffer(), np.uint8), out[n, k])
+            except ValueError as error:
+                raise ValueError(f"{self.index.paths[self.index.file[rows[n]]]}: {error}") from None
         return {"frames": out}
 
 

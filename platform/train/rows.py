@@ -46,7 +46,7 @@ class RowIndex:
         found: list[dict[str, pa.Scalar]] = [{}] * len(rows)
         for (file, group), positions in groups.items():
             with _telling(self.paths[file]):
-                table = _open(self.paths[file]).read_row_group(group, columns=names, use_threads=False)
+                table = open_with(self.paths[file], names).read_row_group(group, columns=names, use_threads=False)
             for position in positions:
                 place = int(self.place[rows[position]])
                 found[position] = {name: table.column(name)[place] for name in names}
@@ -67,7 +67,7 @@ def index_rows(paths: Sequence[str], split: str | None = None, licences: Sequenc
 
     def scan(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         with _telling(paths[number]):
-            file = _open(paths[number])
+            file = open_with(paths[number], list(wanted))
             about = file.read(columns=list(wanted)) if wanted else {}
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         group = np.repeat(np.arange(len(sizes)), sizes)
@@ -90,6 +90,14 @@ _files = threading.local()  # a Parquet reader belongs to one thread
 
 def _telling(path: str) -> AbstractContextManager[None]:
     return telling(path, local="://" not in path)
+
+
+def open_with(path: str, names: Sequence[str]) -> pq.ParquetFile:
+    """The file at `path`; ValueError when it has not all of these columns."""
+    file = _open(path)
+    if missing := [name for name in names if name not in file.schema_arrow.names]:
+        raise ValueError(f"{path} has no column {missing[0]!r}: it is of another kind, or no shard of Longtake's")
+    return file
 
 
 def _open(path: str) -> pq.ParquetFile:

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 
@@ -76,6 +78,8 @@ def desk(small_weights, tmp_path_factory) -> Path:
     for name in ("encoded", "cut_latents"):
         LatentStore(str(folder / name)).write_shard("a", encoded)
     cut_in_half(folder / "cut_latents" / "a.parquet")
+    (folder / "foreign").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), folder / "foreign" / "a.parquet")
     ClipStore(folder / "training").write_shard("a", [dataclasses.replace(clip, split="train") for clip in clips])
     return folder
 
@@ -144,6 +148,8 @@ def test_of_a_search(refusal, desk, words, says):
         ("evaluate_worlds", "--store fan --name My_figures", "must be lower-case words"),
         ("evaluate_worlds", "--store fan --out file", "--out file must be a local folder"),
         ("evaluate_worlds", "--store fan --out s3://bucket/sheets", "must be a local folder"),
+        ("encode_latents", "--data encoded --latents new --frames 17", "encoded/a.parquet has no column 'frames'"),
+        ("encode_latents", "--data foreign --latents new --frames 17", "foreign/a.parquet has no column 'key'"),
         ("encode_latents", "--data empty --latents new", "no clips in empty: render some"),
         ("encode_latents", "--data fan --latents new --frames 80", "--frames 80 must be 8 k + 1"),
         ("encode_latents", "--data fan --latents new --weights other", "other holds weights of preset 'sana-wm'"),
@@ -165,6 +171,7 @@ def test_of_other_users_of_weights(refusal, job, words, says):
         ("stage0_vae", "--data encoded", "holds no frames, which stage0_vae trains on: give a store that `render-"),
         ("stage1_gdn", "--data training", "holds no latents, which stage1_gdn trains on: give a store that `encode-"),
         ("stage0_vae", "--data truncated", "truncated/a.parquet is not a whole shard: delete it and make it again"),
+        ("stage0_vae", "--data foreign", "foreign/a.parquet has no column 'split'"),
         ("stage0_vae", "--data damaged", "damaged/a.parquet is damaged: delete it and make it again"),
         ("stage1_gdn", "--data cut_latents", "cut_latents/a.parquet is not a whole shard: delete it and make it again"),
         ("stage1_gdn", "--data encoded --preset tinny", "did you mean 'tiny'?"),

@@ -214,3 +214,8 @@ def test_a_dataset_is_filtered_by_split_and_licence(ray_cluster, store):
     store.write_shard("b", clips[3:])
     rows = store.dataset(split="test", licence="CC0-1.0").take_all()
     assert len(rows) == 1 and same(decode_clip(rows[0]), clips[3])
+
+
+def test_a_row_of_another_kind_is_no_clip():
+    with pytest.raises(ValueError, match="a row without 'frames' is no clip: give a store made by"):
+        decode_clip({"key": "encoded", "latents": b""})

@@ -211,6 +211,13 @@ def test_processes_decode_what_the_trainer_itself_would(tmp_path):
     assert all(torch.equal(a["frames"], b["frames"]) for a, b in zip(here, elsewhere, strict=True))
 
 
+def test_a_damaged_picture_names_its_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr("longtake.platform.data.store.encode_frame", lambda _: b"no picture")
+    stage = dataclasses.replace(stages.get("stage0_vae", "tiny"), frames=FRAMES, window=9, batch_size=2)
+    with pytest.raises(ValueError, match=r"/a\.parquet: a stored frame is damaged"):
+        feed.open_source(stage, MICRO, make_clips(tmp_path))
+
+
 @pytest.mark.parametrize("processes", [0, 1])
 def test_what_a_decoding_process_finds_wrong_is_said_in_one_line(tmp_path, processes):
     stage = dataclasses.replace(stages.get("stage0_vae", "tiny"), frames=81, window=FRAMES, batch_size=2)
