@@ -159,7 +159,7 @@ def stream(
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     except ValueError as error:
         # A process' error arrives with its traceback as its message.
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 @dataclass(frozen=True)

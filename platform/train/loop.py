@@ -141,7 +141,7 @@ class Worker:
             generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
             loss, self.metrics = self.engine(next(self.batches), generator)
             self.engine.backward(loss)
-            if not self.stage.zero_stage and part == self.accumulation - 1:
+            if self.stage.grad_clip and not self.stage.zero_stage and part == self.accumulation - 1:
                 # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model.
                 nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip)
             self.engine.step()

@@ -133,6 +133,7 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow"),
         flow("flow halved", steps=2),
         flow("flow halved", cache=None),
+        flow("flow unclipped", steps=1, grad_clip=0.0),
         flow("flow muon", optimizer="muon"),
         flow("flow muon halved", optimizer="muon", steps=2),
         flow("flow muon halved", optimizer="muon"),
@@ -165,6 +166,11 @@ def test_two_workers_average_and_export_the_same_weights(runs):
     assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
     partitioned = weights(runs / "flow zero 3")
     assert {key: value.shape for key, value in partitioned.items()} == {key: value.shape for key, value in ours.items()}
+
+
+def test_no_clipping_leaves_the_gradients_as_they_are(runs):
+    at_first_zero = weights(runs / "flow unclipped")["transformer/blocks.0.cross_attn.proj.weight"]
+    assert at_first_zero.abs().max() > 0
 
 
 def test_a_time_limit_ends_the_run_and_its_schedule(runs):
@@ -222,8 +228,10 @@ def test_a_damaged_picture_names_its_shard(tmp_path, monkeypatch):
 def test_what_a_decoding_process_finds_wrong_is_said_in_one_line(tmp_path, processes):
     stage = dataclasses.replace(stages.get("stage0_vae", "tiny"), frames=81, window=FRAMES, batch_size=2)
     source = dataclasses.replace(feed.open_source(stage, MICRO, make_clips(tmp_path)), window=81)
-    with pytest.raises(ValueError, match=f"^a clip has {FRAMES} frames: set window={FRAMES} or less with --set$"):
+    said = f"a clip has {FRAMES} frames: set window={FRAMES} or less with --set"
+    with pytest.raises(ValueError, match=f"^{said}$") as error:
         next(feed.stream(source, Share(0, 1, 2), 0, 1, torch.device("cpu"), processes))
+    assert user_message(error.value) == said
 
 
 def test_an_epoch_draws_each_clip_as_often_as_the_stage_says():
