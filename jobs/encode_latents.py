@@ -57,21 +57,24 @@ def encode(
 ) -> None:
     """Encode every shard of the clip store that the latent store lacks, by Ray Data actors (on CPUs by one).
 
-    actors_per_gpu: while one decodes pictures, another keeps the GPU busy; by default 6 for `tiny`, else 1.
+    A clip gives one row for each `frames` consecutive frames; what is left of it is dropped. actors_per_gpu: while one
+    decodes pictures, another keeps the GPU busy; by default 6 for `tiny`, else 1.
 
-    A clip gives one row for each `frames` consecutive frames; what is left of it is dropped. ValueError when `frames`
-    is not 8 k + 1, when images are not of the configuration's size, and when the latent store was encoded otherwise.
+    ValueError when `frames` is not 8 k + 1, when images are not of the configuration's size, and when the latent store
+    was encoded otherwise.
     """
     stride = config.vae_stride[0]
     if frames < 1 or (frames - 1) % stride or batch < 1:
         raise ValueError(f"--frames {frames} must be {stride} k + 1, and --batch {batch} at least 1")
-    actors_per_gpu = actors_per_gpu if actors_per_gpu is not None else 6 if config.name == "tiny" else 1
+    if actors_per_gpu is None:
+        actors_per_gpu = 6 if config.name == "tiny" else 1
     if actors_per_gpu < 1:
         raise ValueError(f"--actors-per-gpu {actors_per_gpu} must be at least 1")
-    shards = ClipStore(clips).shards()
+    store = ClipStore(clips)
+    shards = store.shards()
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
-    open_with(f"{ClipStore(clips).uri}/{shards[0]}.parquet", SCHEMA.names)
+    open_with(f"{store.uri}/{shards[0]}.parquet", SCHEMA.names)
     _claim(latents, {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
     done = set(LatentStore(latents).shards())
     left = [name for name in shards if name not in done]

@@ -8,6 +8,7 @@ Each method is one step, so that a server or a batch job can run the steps on di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -176,10 +177,9 @@ class WorldPipeline:
 
         follow_camera=False leaves the camera out of the model, but for the length.
         """
-        config = self.config
+        config, negative = self.config, self._negative
         camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in trajectories])
         start = torch.cat([self.encode_image(image) for image in images])
-        guided = config.sampler.guidance_scale != 1
         return self.rollout(
             start,
             *self.encode_text(captions),
@@ -187,8 +187,13 @@ class WorldPipeline:
             seeds,
             num_steps,
             num_latent_frames=camera.conditions.shape[1],
-            negative=self.encode_text([""] * len(captions), negative=True) if guided else None,
+            negative=negative and (negative[0].expand(len(captions), -1, -1), negative[1].expand(len(captions), -1)),
         )
+
+    @cached_property
+    def _negative(self) -> tuple[Tensor, Tensor] | None:
+        """Features and mask of one negative prompt, where the preset uses guidance."""
+        return self.encode_text([""], negative=True) if self.config.sampler.guidance_scale != 1 else None
 
     @torch.no_grad()
     def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from longtake.platform.data.clip import Clip
+from longtake.platform.observe.job import CREDENTIALS
 
 if TYPE_CHECKING:
     import ray.data
@@ -44,7 +45,6 @@ SCHEMA = pa.schema(
     ]
 )
 _SUFFIX = ".parquet"
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
 
 
 class ClipStore:
@@ -201,7 +201,7 @@ def telling(path: str, local: bool) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a whole shard: delete it and make it again ({_line(error)})") from error
     except PermissionError as error:
-        advice = "check the folder's permissions" if local else _CREDENTIALS
+        advice = "check the folder's permissions" if local else CREDENTIALS
         raise PermissionError(f"access to {path} was denied: {advice}") from error
     except OSError as error:
         # Arrow reports a corrupt page as a bare OSError; those of the system carry an errno, those of a slow network

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
+CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"
 _DENIED = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
 # Ray Data's UserCodeException loses its __cause__ between processes; the worker's traceback still holds it, as the last
@@ -86,7 +86,7 @@ def _describe(error: BaseException) -> str | None:
             return f"{error.filename}: {error.strerror}"
         text = str(error) or type(error).__name__
         refused = isinstance(error, PermissionError) or "ACCESS_DENIED" in text or "403" in text
-        return f"{text} ({_CREDENTIALS})" if refused and "AWS_" not in text else text
+        return f"{text} ({CREDENTIALS})" if refused and "AWS_" not in text else text
     if isinstance(error, ValueError):
         return str(error) or "ValueError"
     return None
@@ -97,7 +97,7 @@ def _describe_store(error: BaseException) -> str:
     details = getattr(error, "response", {}).get("Error", {})
     name = type(error).__name__
     if details.get("Code") in _DENIED or "Credentials" in name:
-        return f"object store: {error} ({_CREDENTIALS})"
+        return f"object store: {error} ({CREDENTIALS})"
     if "Connect" in name or "Timeout" in name:
         return f"object store: {error} (is it running? check AWS_ENDPOINT_URL)"
     return f"object store: {error}"

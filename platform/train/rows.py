@@ -95,7 +95,8 @@ def _telling(path: str) -> AbstractContextManager[None]:
 def open_with(path: str, names: Sequence[str]) -> pq.ParquetFile:
     """The file at `path`; ValueError when it has not all of these columns."""
     file = _open(path)
-    if missing := [name for name in names if name not in file.schema_arrow.names]:
+    present = file.schema_arrow.names
+    if missing := [name for name in names if name not in present]:
         raise ValueError(f"{path} has no column {missing[0]!r}: it is of another kind, or no shard of Longtake's")
     return file
 

@@ -47,6 +47,21 @@ def test_a_clip_does_not_depend_on_its_neighbours(pipeline):
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_takes_one_negative_prompt_for_all_clips(config):
+    guided = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, guidance_scale=3.0))
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    path = parse_actions("w-16", image_size=config.image_size, fov_deg=70)
+    pipeline = WorldPipeline.from_config(guided)
+    # Caption and camera begin without effect in random weights.
+    for block in pipeline._part("dit").blocks:  # type: ignore[union-attr]
+        torch.nn.init.normal_(block.cross_attn.proj.weight)
+    both = pipeline.generate([image, image], ["a hall", "a yard"], [path, path], [1, 2])
+    alone = pipeline.generate([image], ["a yard"], [path], [2])
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+    pipeline.config = config
+    assert not torch.allclose(pipeline.generate([image], ["a yard"], [path], [2]), alone)
+
+
 def test_a_video_that_diverges_is_refused(pipeline):
     for block in pipeline._part("dit").blocks:
         torch.nn.init.constant_(block.attn.proj.weight, torch.inf)
