@@ -225,6 +225,8 @@ def _prepare(device: torch.device, workers: int) -> None:
 
 def _speed_up(objective: nn.Module, stage: Stage) -> None:
     """Layouts and compilation for a GPU. Blocks are compiled one by one, since equal ones share their code."""
+    # DeepSpeed's autocast ends with the forward pass: unless told, compiled gradients are cast and eager ones are not.
+    torch._functorch.config.backward_pass_autocast = "off"  # type: ignore[attr-defined]
     if stage.objective == "vae":
         objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # what cuDNN reads
     for name in stage.compiled if stage.compile else ():

@@ -121,7 +121,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             weight_decay=0.01,
             ema=0.999,
             options=dict(_FLOW),
-            compile="default",
+            compile="reduce-overhead",  # launches bound it: 85 ms a step, 180 in the default mode
             compiled=("world_model.blocks",),
             cache="device",
         ),
@@ -138,8 +138,6 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             ema=0.995,
             options=dict(_FLOW),
             init_from=("stage1_gdn",),
-            compile="default",
-            compiled=("world_model.blocks",),
             cache="device",
         ),
         Stage(

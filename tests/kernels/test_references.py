@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longtake.kernels.gdn import reference
 from longtake.kernels.gdn.reference import compose, frame_maps, gdn_bidirectional, gdn_scan
 from longtake.kernels.short_conv.reference import short_conv
 from longtake.kernels.ucpe.reference import rotate, ucpe
@@ -75,6 +76,18 @@ def test_a_scan_cut_anywhere_continues_from_its_state(cut):
     second, end = gdn_scan(*(tensor[:, cut:] for tensor in tensors), state=state)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
     torch.testing.assert_close(end, last)
+
+
+@pytest.mark.parametrize("frames", [33, 50])
+def test_a_long_scan_in_runs_equals_frame_by_frame(frames, monkeypatch):
+    tensors = inputs(t=frames)
+    state = torch.randn(2, 2, 6, 4, requires_grad=True)
+    out, last = gdn_scan(*tensors, state=state)
+    monkeypatch.setattr(reference, "_LONGEST_RUN", frames)
+    true, true_last = gdn_scan(*tensors, state=state)
+    torch.testing.assert_close(out, true, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, true_last, rtol=1e-4, atol=1e-5)
+    same_gradients(out, true, [*tensors, state])
 
 
 def test_composed_frames_are_one_map():
