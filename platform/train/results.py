@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
-from longtake.model.objectives import Objective, VAEObjective, decode_sample
+from longtake.model.objectives import Objective
 from longtake.platform.evaluate.sheets import contact_sheet
 from longtake.platform.store.files import whole
 from longtake.platform.store.video import write_video
@@ -41,7 +42,7 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
     """
     folder = settings.folder
     _loss_curve(folder)
-    if "vae" not in settings.init and not isinstance(objective, VAEObjective):
+    if "vae" not in settings.init and not objective.samples_pixels:
         return
     stage = settings.stage
     try:
@@ -52,14 +53,21 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a sample's shape is not worth compiling
         sample = objective.sample(batch, generator)
-        if isinstance(objective, VAEObjective):
+        if objective.samples_pixels:
             true, made = sample.chunk(2, dim=2)
         else:
-            vae = Path(settings.init["vae"])
-            true, made = (decode_sample(x.float(), settings.config, vae) for x in (batch["latents"], sample))
+            true, made = (_decode(latents, settings) for latents in (batch["latents"], sample))
     frames = {"true": true.cpu().numpy(), "made": made.cpu().numpy()}
     contact_sheet(folder / "sample.png", frames)
     write_video(folder / "sample.mp4", [np.concatenate(list(frames.values()), axis=2)], settings.config.fps)
+
+
+def _decode(latents: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """Pixels uint8 (F, H, W, 3) of the first clip of `latents`."""
+    from longtake.model.vae import build_vae, decode_latents  # seconds of imports, of which a run may have no need
+
+    vae: Any = weights.load_part(build_vae(settings.config), Path(settings.init["vae"]), "vae").to(latents.device)
+    return torch.cat(list(decode_latents(vae, latents[:1].float())), dim=1)[0]
 
 
 def _loss_curve(folder: Path) -> None:

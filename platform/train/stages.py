@@ -108,6 +108,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             warmup=200,
             grad_clip=1.0,
             ema=0.999,
+            compiled=("vae.encoder", "vae.decoder"),
         ),
         Stage(
             name="stage1_gdn",

@@ -3,7 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from longtake.model.objectives import FlowObjective, RefinerObjective, VAEObjective, build_objective
+from longtake.model.objectives import build_objective
+from longtake.model.objectives.flow import FlowObjective
+from longtake.model.objectives.refiner import RefinerObjective
+from longtake.model.objectives.vae import VAEObjective
 from longtake.model.text import tokenize
 from longtake.model.vae import decode_latents, encode_frames
 

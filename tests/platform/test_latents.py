@@ -8,7 +8,7 @@ import torch
 
 from longtake.jobs import encode_latents
 from longtake.model import presets
-from longtake.model.objectives import VAEObjective
+from longtake.model.objectives.vae import VAEObjective
 from longtake.model.vae import encode_frames
 from longtake.platform.data.clip import Clip, Split
 from longtake.platform.data.latents import EncodedClip, LatentStore

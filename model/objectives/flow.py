@@ -1,0 +1,111 @@
+"""Flow matching of stage 1 (stages 1 to 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.model import weights
+from longtake.model.camera import CameraFeatures, camera_features
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.world_model import WorldModel
+from longtake.model.objectives.objective import Batch, Loss, Objective
+from longtake.model.samplers.flow_euler import euler, sample_training_sigma, schedule
+from longtake.model.text import build_text_encoder
+
+
+class FlowObjective(Objective):
+    """Flow matching of the stage-1 network (section 4.2), its text encoder trained along when it is a small one.
+
+    A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
+    image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the
+    camera out of a batch. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
+    """
+
+    def __init__(
+        self,
+        config: WorldModelConfig,
+        image_condition: float = 0.9,
+        caption_dropout: float = 0.1,
+        camera_dropout: float = 0.0,
+        shift: float | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.world_model = WorldModel(config)
+        self.text = build_text_encoder(config)
+        self.image_condition, self.caption_dropout, self.camera_dropout = (
+            image_condition,
+            caption_dropout,
+            camera_dropout,
+        )
+        self.shift = config.sampler.shift if shift is None else shift
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+        latents = batch["latents"].float()
+        count, device = latents.shape[0], latents.device
+        sigma = sample_training_sigma(count, self.shift, generator)
+        keep_image = torch.rand(count, generator=generator, device=device) < self.image_condition
+        frame_sigma = sigma[:, None].repeat(1, latents.shape[2])
+        frame_sigma[:, 0] *= ~keep_image
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        level = frame_sigma[:, None, :, None, None]
+        noisy = (1 - level) * latents + level * noise
+        text, mask = self.encode_text(batch, generator)
+        leave_out = torch.rand(count, generator=generator, device=device)[0] < self.camera_dropout
+        camera = None if self.camera_dropout and bool(leave_out) else self.camera(batch)
+        velocity = self.world_model(noisy, 1000 * frame_sigma, text, mask, camera).float()
+        error = (velocity - (noise - latents)).square().mean((1, 3, 4))
+        counted = torch.ones_like(error)
+        counted[:, 0] = (~keep_image).float()
+        per_clip = (error * counted).sum(1) / counted.sum(1)
+        low, high = sigma < 0.6, sigma >= 0.9
+        metrics = {
+            "loss_low_sigma": (per_clip * low).sum() / low.sum().clamp(min=1),
+            "loss_high_sigma": (per_clip * high).sum() / high.sum().clamp(min=1),
+        }
+        return per_clip.mean(), {name: value.detach() for name, value in metrics.items()}
+
+    def camera(self, batch: Batch) -> CameraFeatures:
+        with torch.autocast(batch["c2w"].device.type, enabled=False):
+            return camera_features(
+                batch["c2w"].float(), batch["intrinsics"].float(), self.config.image_size, self.config.vae_stride
+            )
+
+    def encode_text(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Caption features and mask, a random part of them replaced by the null caption."""
+        mask = batch["tokens_mask"]
+        text = self.text(batch["tokens"], mask)
+        if generator is None:
+            return text, mask
+        drop = torch.rand(len(mask), generator=generator, device=mask.device) < self.caption_dropout
+        text = torch.where(drop[:, None, None], self.world_model.null_caption.to(text.dtype), text)
+        return text, mask | drop[:, None]
+
+    @torch.no_grad()
+    def sample(self, batch: Batch, generator: torch.Generator, num_steps: int | None = None) -> Tensor:
+        """Latents (B, C, T, h, w) generated from each clip's first latent frame, caption and camera."""
+        latents = batch["latents"].float()
+        start = torch.randn(latents.shape, generator=generator, device=latents.device)
+        start[:, :, :1] = latents[:, :, :1]
+        return self.denoise(
+            batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift)
+        )
+
+    def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor) -> Tensor:
+        text, mask = self.encode_text(batch)
+        camera = self.camera(batch)
+        return euler(lambda x, t: self.world_model(x, t, text, mask, camera), start, sigmas, frozen_frames=1)
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        weights.save_part(self.world_model, folder, "dit", dtype)
+        weights.save_part(self.text, folder, "text", dtype)
+
+    def load(self, folder: Path) -> None:
+        weights.load_part(self.world_model, folder, "dit")
+        weights.load_part(self.text, folder, "text")
+
+
+OBJECTIVE = FlowObjective

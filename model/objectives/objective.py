@@ -1,0 +1,50 @@
+"""What the training loop knows of an objective, and how it gets one."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from longtake.model.config import WorldModelConfig
+
+Batch = dict[str, Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+class Objective(nn.Module, ABC):
+    """A loss over the parameters that it trains. samples_pixels: whether `sample` gives frames, or latents."""
+
+    samples_pixels: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+        """The loss, and what else is worth logging."""
+
+    @abstractmethod
+    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """What the weights make of a batch, without gradients."""
+
+    @abstractmethod
+    def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write the trained parts into a weights folder."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Start from the parts in a weights folder."""
+
+
+def build_objective(
+    kind: str, config: WorldModelConfig, options: dict | None = None, init: Path | None = None
+) -> Objective:
+    """The objective called `kind` ("vae", "flow" or "refiner") on the CPU, from the weights in `init` when given."""
+    # Imported by name: each brings along seconds of imports that the others have no use for.
+    module = importlib.import_module(f"longtake.model.objectives.{kind}")
+    objective: Objective = module.OBJECTIVE(config, **(options or {}))
+    if init is not None:
+        objective.load(Path(init))
+    return objective
