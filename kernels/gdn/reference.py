@@ -74,21 +74,30 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
     return torch.stack(states).view(frames, b, h, rows, d).transpose(0, 1)
 
 
+def run_maps(transition: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames 0 ... t as one map, for every t: transition (B, T, H, D, D) and increment (B, T, H, V, D).
+
+    One scan: the increments start from zeros, the transitions, as further rows of the state, from the identity.
+    """
+    rows, d = increment.shape[-2:]
+    start = torch.eye(rows + d, device=increment.device)[:, rows:].expand(len(increment), increment.shape[2], -1, d)
+    increment, transition = scan_states(transition, F.pad(increment, (0, 0, 0, d)), start).split([rows, d], dim=-2)
+    return transition, increment
+
+
 def _scan_in_runs(transition: Tensor, increment: Tensor, state: Tensor) -> Tensor:
     """`scan_states` in some 2 sqrt(T) serial steps of up to three times the work.
 
-    All runs of sqrt(T) frames are scanned at once, from zeros, together with the map that the run has been so far; then
-    the states between runs; then every frame's own state follows from its run's first.
+    The maps of all runs of sqrt(T) frames are made at once; then the states between runs; then every frame's own state
+    follows from its run's first.
     """
-    b, frames, h, rows, d = increment.shape
+    b, frames, h, _, d = increment.shape
     length = math.isqrt(frames - 1) + 1
     missing = -frames % length
     identity = torch.eye(d, device=state.device).expand(b, missing, h, d, d)
     transition = torch.cat([transition, identity], 1).unflatten(1, (-1, length)).flatten(0, 1)
-    increment = F.pad(increment, (0, 0, 0, d, 0, 0, 0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
-    start = torch.eye(rows + d, device=state.device)[:, rows:].expand(len(increment), h, rows + d, d)
-    scanned = scan_states(transition, increment, start).unflatten(0, (b, -1))
-    since, through = scanned.split([rows, d], dim=-2)
+    increment = F.pad(increment, (0, 0, 0, 0, 0, 0, 0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
+    through, since = (maps.unflatten(0, (b, -1)) for maps in run_maps(transition, increment))
     ends = scan_states(through[:, :, -1], since[:, :, -1], state)
     before = torch.cat([state[:, None].float(), ends[:, :-1]], 1)
     return (before[:, :, None] @ through + since).flatten(1, 2)[:, :frames]

@@ -13,22 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn.reference import bidirectional_states, frame_maps, read_states
+from longtake.kernels.gdn.reference import frame_maps, read_states
 from longtake.kernels.short_conv.reference import short_conv
 from longtake.kernels.ucpe.reference import downscale_to_rms, rotate, ucpe
 from longtake.model.config import SoftmaxScale, WorldModelConfig
+from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 
 
 @dataclass
 class Positions:
     """Where tokens are, the same for all blocks: rope (N, D / 2, 2), camera_rope (N, D / 4, 2), and of the camera
-    ray_from_world (B, N, 4, 4) with its inverse, both float32, or None without a camera."""
+    ray_from_world (B, N, 4, 4) with its inverse, both float32, or None without a camera; the axis of all frames."""
 
     frames: int
     rope: Tensor
     camera_rope: Tensor
     ray_from_world: Tensor | None = None
     world_from_ray: Tensor | None = None
+    time: TimeAxis = WHOLE_CLIP
 
 
 class ShortConv(nn.Module):
@@ -39,8 +41,9 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size))
         nn.init.ones_(self.weight[:, :, -1])
 
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        return short_conv(x.unflatten(1, (frames, -1)), self.weight).flatten(1, 2)
+    def forward(self, x: Tensor, at: Positions) -> Tensor:
+        x, reach = x.unflatten(1, (at.frames, -1)), self.weight.shape[-1] - 1
+        return at.time.around(x, reach, lambda frames: short_conv(frames, self.weight)).flatten(1, 2)
 
 
 class DualBranchAttention(nn.Module):
@@ -79,11 +82,11 @@ class DualBranchAttention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        main = self._heads(*self._features(q, k, v, at.frames, camera=False))
+        main = self._heads(*self._features(q, k, v, at, camera=False))
         camera = None
         if at.ray_from_world is not None:
             q, k, v = self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)
-            camera = self._heads(*self._features(q, k, v, at.frames, camera=True))
+            camera = self._heads(*self._features(q, k, v, at, camera=True))
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
         out = mixed.to(x.dtype).flatten(2)
@@ -98,7 +101,7 @@ class DualBranchAttention(nn.Module):
         """
         raise NotImplementedError
 
-    def _features(self, q: Tensor, k: Tensor, v: Tensor, frames: int, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _features(self, q: Tensor, k: Tensor, v: Tensor, at: Positions, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys of one branch."""
         if camera:
             return self.q_norm_cam(q), self.k_norm_cam(k), v
@@ -130,9 +133,9 @@ class GDNAttention(DualBranchAttention):
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
 
-    def _features(self, q: Tensor, k: Tensor, v: Tensor, frames: int, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
-        k = (self.conv_k_cam if camera else self.conv_k)(k, frames)
-        q, k, v = super()._features(q, k, v, frames, camera)
+    def _features(self, q: Tensor, k: Tensor, v: Tensor, at: Positions, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
+        k = (self.conv_k_cam if camera else self.conv_k)(k, at)
+        q, k, v = super()._features(q, k, v, at, camera)
         return q.relu(), k.relu(), v
 
     def gates(self, x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
@@ -165,10 +168,10 @@ class GDNAttention(DualBranchAttention):
             beta_camera = self._bounded(beta / discount, by_frame(k_ray))
             maps.append(frame_maps(by_frame(k_ray), by_frame(v_cam), beta_camera, decay))
         transitions, increments = (torch.cat(parts) for parts in zip(*maps, strict=True))
-        states = bidirectional_states(transitions, increments).chunk(len(maps))
+        states = at.time.states(transitions, increments).chunk(len(maps))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
         ones = torch.ones_like(by_frame(k)[..., :1])
-        mass = bidirectional_states(*frame_maps(by_frame(k), ones, beta_main, decay))
+        mass = at.time.states(*frame_maps(by_frame(k), ones, beta_main, decay))
         out = read_states(by_frame(q_rotated), states[0]) / (read_states(by_frame(q), mass) + 1e-8)
         if camera is None:
             return out.flatten(1, 2), None
@@ -200,16 +203,10 @@ class SoftmaxAttention(DualBranchAttention):
         q, k, v = main
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
         dtype = self.compute_dtype if v.dtype == torch.float32 else v.dtype
-        out = attend(rotate(q, at.rope), rotate(k, at.rope), v, self.scale_main, dtype)
+        out = at.time.attend(rotate(q, at.rope), rotate(k, at.rope), v, self.scale_main, dtype)
         if camera is None:
             return out, None
-        return out, attend(*self.to_rays(camera, at), self.scale_camera, dtype).float()
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(q k^T scale) v over (B, N, H, D), computed in `dtype`."""
-    q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        return out, at.time.attend(*self.to_rays(camera, at), self.scale_camera, dtype).float()
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.model.dit.time_axis import TimeAxis
+
 _MAX_ELEMENTS = 1 << 30  # convolutions index with 32 bits
 
 
@@ -33,7 +35,7 @@ class GLUMBConvTemp(nn.Module):
         )
         nn.init.zeros_(self.t_conv.weight)
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int, int], time: TimeAxis) -> Tensor:
         """x (B, N, C) of a (T, height, width) grid."""
         frames, height, width = grid
         batch, _, size = x.shape
@@ -45,7 +47,8 @@ class GLUMBConvTemp(nn.Module):
             else self._spatial(images)
         )
         y = y.view(batch, frames, size, height * width).transpose(1, 2)
-        return (y + self.t_conv(y)).permute(0, 2, 3, 1).reshape(x.shape)
+        y = y + time.around(y, self.t_conv.kernel_size[0] // 2, self.t_conv, dim=2)
+        return y.permute(0, 2, 3, 1).reshape(x.shape)
 
     def _spatial(self, images: Tensor) -> Tensor:
         value, gate = self.depth_conv(F.silu(self.inverted_conv(images))).chunk(2, dim=1)

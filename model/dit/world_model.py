@@ -18,6 +18,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
 from longtake.model.dit.feed_forward import GLUMBConvTemp
 from longtake.model.dit.positions import RotaryTable
+from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 
 
 class PatchEmbed(nn.Module):
@@ -104,7 +105,7 @@ class Block(nn.Module):
         if plucker is not None:
             x = x + self.plucker_proj(plucker)
         x = x + self.cross_attn(x, text, mask)
-        return x + per_frame(gate_m, self.mlp(modulate(x, shift_m, scale_m), grid))
+        return x + per_frame(gate_m, self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
 
 
 class FinalLayer(nn.Module):
@@ -164,11 +165,18 @@ class WorldModel(nn.Module):
         return self.y_embedder.y_embedding
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor, camera: CameraFeatures | None = None
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures | None = None,
+        time_axis: TimeAxis = WHOLE_CLIP,
     ) -> Tensor:
         """Velocity noise - x0, (B, C, T, h, w) like `latents`.
 
-        timestep (B, T) in [0, 1000]; text (B, L, D_text); text_mask (B, L), nonzero for real tokens.
+        timestep (B, T) in [0, 1000]; text (B, L, D_text); text_mask (B, L), nonzero for real tokens. Where the time
+        axis holds a stretch of the clip, latents, timestep and camera are that stretch's.
         """
         grid = latents.shape[2:]
         dtype = self.x_embedder.proj.weight.dtype
@@ -176,20 +184,26 @@ class WorldModel(nn.Module):
         time = self.t_embedder(timestep)
         modulation = self.t_block(time).unflatten(-1, (6, -1))
         y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
-        at, plucker = self._positions(grid, camera, latents.device), None
+        at, plucker = self._positions(grid, camera, latents.device, time_axis), None
         if camera is not None:
             plucker = self.plucker_embedder(camera.plucker.to(dtype))
         for block in self.blocks:
             x = block(x, y, text_mask.bool(), modulation, at, plucker, tuple(grid))
         return self.final_layer(x, time).transpose(1, 2).unflatten(2, grid)
 
-    def _positions(self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device) -> Positions:
-        rope, camera_rope = self.rotary(grid, device)
+    def _positions(
+        self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device, time: TimeAxis
+    ) -> Positions:
+        frames, area = grid[0], grid[1] * grid[2]
+        first, all_frames = time.place(frames)
+        here = slice(first * area, (first + frames) * area)
+        rope, camera_rope = (table[here] for table in self.rotary((all_frames, *grid[1:]), device))
         if camera is None:
-            return Positions(grid[0], rope, camera_rope)
+            return Positions(frames, rope, camera_rope, time=time)
         with torch.autocast(device.type, enabled=False):
             ray_from_world, world_from_ray = ray_matrices(camera.conditions.float(), grid[1], grid[2])
-        return Positions(grid[0], rope, camera_rope, ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3))
+        rays = ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3)
+        return Positions(frames, rope, camera_rope, *rays, time)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""How a block reaches other frames than its own: the one thing that changes when a clip is cut between devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.kernels.gdn.reference import bidirectional_states
+
+
+class TimeAxis:
+    """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens."""
+
+    def place(self, frames: int) -> tuple[int, int]:
+        """Of the `frames` that are held: the position of the first in the clip, and how many the clip has."""
+        return 0, frames
+
+    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+        """What every frame reads after a scan in both directions, as `bidirectional_states`."""
+        return bidirectional_states(transition, increment)
+
+    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+        """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
+        return function(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`."""
+        q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+WHOLE_CLIP = TimeAxis()

@@ -1,0 +1,129 @@
+"""Context parallelism: the latent frames of one clip lie on several ranks, a stretch on each, exactly as on one device.
+
+Per block, a rank exchanges the maps of its whole stretch (D (D + V) numbers a head and direction), the frames that the
+next ranks' convolutions reach, and in softmax blocks queries, keys and values by head. Gradients cross the same way
+back: with a loss that is the rank's share of the clip's, summing parameters' gradients over the ranks gives the clip's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longtake.kernels.gdn.reference import run_maps
+from longtake.model.dit.time_axis import TimeAxis
+
+
+class ContextParallel(TimeAxis):
+    """This rank's stretch of a clip of `frames` latent frames; `group` holds the clip's ranks in order of time."""
+
+    def __init__(self, frames: int, group: dist.ProcessGroup | None = None):
+        self.group = group or dist.group.WORLD
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if frames < self.size:
+            raise ValueError(f"{frames} latent frames cannot be cut into {self.size} stretches: use fewer ranks a clip")
+        self.counts = _even(frames, self.size)
+        self.firsts = [sum(self.counts[:rank]) for rank in range(self.size)]
+
+    @property
+    def here(self) -> slice:
+        """This rank's frames of the clip."""
+        return slice(self.firsts[self.rank], self.firsts[self.rank] + self.counts[self.rank])
+
+    def place(self, frames: int) -> tuple[int, int]:
+        assert frames == self.counts[self.rank], f"{frames} frames were given, this rank holds {self.here}"
+        return self.here.start, sum(self.counts)
+
+    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+        both = torch.cat([transition, transition.flip(1)]), torch.cat([increment, increment.flip(1)])
+        through, since = run_maps(*both)
+        whole = torch.cat([through[:, -1], since[:, -1]], dim=-2)
+        stretches = self._exchange([whole] * self.size, [whole.shape] * self.size)
+        d, rows = through.shape[-1], since.shape[-2]
+        before = torch.zeros_like(since[:, 0])
+        past, future = before.chunk(2)
+        for stretch in stretches[: self.rank]:
+            a, u = stretch.chunk(2)[0].split([d, rows], dim=-2)
+            past = past @ a + u
+        for stretch in reversed(stretches[self.rank + 1 :]):
+            a, u = stretch.chunk(2)[1].split([d, rows], dim=-2)
+            future = future @ a + u
+        before = torch.cat([past, future])[:, None]
+        forward, backward = (before @ through + since).chunk(2)
+        # Backwards, a frame reads what later frames left, without itself.
+        return forward + torch.cat([future[:, None], backward[:, :-1]], 1).flip(1)
+
+    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+        parts, shapes = [], []
+        for rank in range(self.size):
+            start, length = self._reached_by(rank, self.rank, reach)
+            parts.append(x.narrow(dim, start, length))
+            shape = list(x.shape)
+            shape[dim] = self._reached_by(self.rank, rank, reach)[1]
+            shapes.append(shape)
+        received = self._exchange(parts, shapes)
+        received[self.rank] = x
+        y = function(torch.cat(received, dim))
+        return y.narrow(dim, sum(part.shape[dim] for part in received[: self.rank]), x.shape[dim])
+
+    def _reached_by(self, rank: int, holder: int, reach: int) -> tuple[int, int]:
+        """Which frames of `holder` lie within `reach` of the stretch of `rank`: (first within holder's, count)."""
+        first, last = self.firsts[holder], self.firsts[holder] + self.counts[holder]
+        start = max(first, self.firsts[rank] - reach)
+        end = min(last, self.firsts[rank] + self.counts[rank] + reach)
+        return (start - first, end - start) if rank != holder and start < end else (0, 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        batch, tokens, heads, channels = q.shape
+        area = tokens // self.counts[self.rank]
+        mine = _even(heads, self.size)
+        qkv = torch.stack([q.to(dtype), k.to(dtype), v.to(dtype)])
+        shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
+        q, k, v = torch.cat(self._exchange(qkv.split(mine, dim=3), shapes), dim=2)
+        out = super().attend(q, k, v, scale, dtype)  # all tokens, some heads
+        shapes = [(batch, tokens, count, channels) for count in mine]
+        return torch.cat(self._exchange(out.split([area * count for count in self.counts], dim=1), shapes), dim=2)
+
+    def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
+        return list(_Exchange.apply(self.group, shapes, *parts))
+
+
+class _Exchange(torch.autograd.Function):
+    """Every rank's part for every other; gradients go back to where the part came from."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
+        ctx.group, ctx.shapes = group, [part.shape for part in parts]
+        return _swap(group, parts, shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None, *_swap(ctx.group, gradients, ctx.shapes)
+
+
+def _swap(group: dist.ProcessGroup, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    rank = dist.get_rank(group)
+    received = [parts[0].new_empty(shape) for shape in shapes]
+    received[rank] = parts[rank].clone()
+    transfers = []
+    for peer in range(len(parts)):
+        if peer == rank:
+            continue
+        if parts[peer].numel():
+            transfers.append(dist.P2POp(dist.isend, parts[peer].contiguous(), group=group, group_peer=peer))
+        if received[peer].numel():
+            transfers.append(dist.P2POp(dist.irecv, received[peer], group=group, group_peer=peer))
+    if transfers:
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+    return tuple(received)
+
+
+def _even(count: int, parts: int) -> list[int]:
+    """`count` things shared out as evenly as can be, the first parts one more."""
+    return [count // parts + (part < count % parts) for part in range(parts)]
