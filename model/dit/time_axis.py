@@ -14,6 +14,12 @@ from longtake.kernels.gdn.reference import bidirectional_states
 class TimeAxis:
     """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens."""
 
+    stretches = 1  # that the clip is cut into
+
+    def held(self, x: Tensor, dim: int) -> Tensor:
+        """Of a whole clip's x, the frames `dim` that are here."""
+        return x
+
     def place(self, frames: int) -> tuple[int, int]:
         """Of the `frames` that are held: the position of the first in the clip, and how many the clip has."""
         return 0, frames

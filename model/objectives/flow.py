@@ -22,6 +22,9 @@ class FlowObjective(Objective):
     A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
     image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the
     camera out of a batch. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
+
+    Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
+    share times the number of stretches: its mean over the ranks is the clips' loss.
     """
 
     def __init__(
@@ -56,11 +59,16 @@ class FlowObjective(Objective):
         text, mask = self.encode_text(batch, generator)
         leave_out = torch.rand(count, generator=generator, device=device)[0] < self.camera_dropout
         camera = None if self.camera_dropout and bool(leave_out) else self.camera(batch)
-        velocity = self.world_model(noisy, 1000 * frame_sigma, text, mask, camera).float()
-        error = (velocity - (noise - latents)).square().mean((1, 3, 4))
-        counted = torch.ones_like(error)
+        axis = self.time_axis
+        if camera is not None:
+            camera = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
+        velocity = self.world_model(
+            axis.held(noisy, 2), 1000 * axis.held(frame_sigma, 1), text, mask, camera, time_axis=axis
+        ).float()
+        error = (velocity - axis.held(noise - latents, 2)).square().mean((1, 3, 4))
+        counted = torch.ones_like(frame_sigma)
         counted[:, 0] = (~keep_image).float()
-        per_clip = (error * counted).sum(1) / counted.sum(1)
+        per_clip = axis.stretches * (error * axis.held(counted, 1)).sum(1) / counted.sum(1)
         low, high = sigma < 0.6, sigma >= 0.9
         metrics = {
             "loss_low_sigma": (per_clip * low).sum() / low.sum().clamp(min=1),

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 
 Batch = dict[str, Tensor]
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 class Objective(nn.Module, ABC):
-    """A loss over the parameters that it trains. samples_pixels: whether `sample` gives frames, or latents."""
+    """A loss over the parameters that it trains.
+
+    samples_pixels: whether `sample` gives frames, or latents. time_axis: which frames of a clip this process computes.
+    """
 
     samples_pixels: ClassVar[bool] = False
+    time_axis: TimeAxis = WHOLE_CLIP
 
     @abstractmethod
     def forward(self, batch: Batch, generator: torch.Generator) -> Loss:

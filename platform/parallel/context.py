@@ -30,13 +30,16 @@ class ContextParallel(TimeAxis):
         self.firsts = [sum(self.counts[:rank]) for rank in range(self.size)]
 
     @property
-    def here(self) -> slice:
-        """This rank's frames of the clip."""
-        return slice(self.firsts[self.rank], self.firsts[self.rank] + self.counts[self.rank])
+    def stretches(self) -> int:  # type: ignore[override]
+        return self.size
+
+    def held(self, x: Tensor, dim: int) -> Tensor:
+        assert x.shape[dim] == sum(self.counts), f"{x.shape[dim]} frames of a clip of {sum(self.counts)}"
+        return x.narrow(dim, self.firsts[self.rank], self.counts[self.rank])
 
     def place(self, frames: int) -> tuple[int, int]:
-        assert frames == self.counts[self.rank], f"{frames} frames were given, this rank holds {self.here}"
-        return self.here.start, sum(self.counts)
+        assert frames == self.counts[self.rank], f"{frames} frames were given, this rank holds {self.counts[self.rank]}"
+        return self.firsts[self.rank], sum(self.counts)
 
     def states(self, transition: Tensor, increment: Tensor) -> Tensor:
         both = torch.cat([transition, transition.flip(1)]), torch.cat([increment, increment.flip(1)])
@@ -90,7 +93,8 @@ class ContextParallel(TimeAxis):
 
     def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
-        return list(_Exchange.apply(self.group, shapes, *parts))
+        apply: Any = torch.compiler.disable(_Exchange.apply)
+        return list(apply(self.group, shapes, *parts))
 
 
 class _Exchange(torch.autograd.Function):
@@ -122,6 +126,19 @@ def _swap(group: dist.ProcessGroup, parts: Sequence[Tensor], shapes: Sequence[Se
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
     return tuple(received)
+
+
+def own_clip(frames: int, ranks: int) -> ContextParallel:
+    """The time axis of this process when every `ranks` consecutive ranks of the world share a clip of `frames`.
+
+    Collective: all ranks call it. ValueError when the world's size is no multiple of `ranks`.
+    """
+    world = dist.get_world_size()
+    if world % ranks:
+        raise ValueError(f"{world} ranks cannot form groups of {ranks}")
+    group, _ = dist.new_subgroups(ranks)
+    assert isinstance(group, dist.ProcessGroup)
+    return ContextParallel(frames, group)
 
 
 def _even(count: int, parts: int) -> list[int]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longtake.model.objectives import build_objective
+from longtake.platform.parallel.context import own_clip
 from longtake.platform.train import checkpoint, results
 from longtake.platform.train.ema import EMA
 from longtake.platform.train.feed import Batch, LatentSource, Resident, open_source, stream
@@ -47,12 +48,16 @@ class Worker:
         self.device = ray.train.torch.get_device()
         _prepare(self.device, self.workers)
         self.micro, self.accumulation = self.stage.micro_batches(self.workers)
-        self.share = Share(self.rank, self.workers, self.micro)
+        replicas = self.workers // self.stage.context_parallel
+        self.share = Share(self.rank // self.stage.context_parallel, replicas, self.micro)
         torch.manual_seed(self.stage.seed)
         init = settings.init.get({"vae": "vae"}.get(self.stage.objective, "dit"))
         self.objective = build_objective(
             self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
         ).to(self.device)
+        if self.stage.context_parallel > 1:
+            frames = (self.stage.frames - 1) // settings.config.vae_stride[0] + 1
+            self.objective.time_axis = own_clip(frames, self.stage.context_parallel)
         self.trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.engine = self._engine()
         if self.device.type == "cuda":
@@ -137,7 +142,7 @@ class Worker:
             group["lr"] = rate
         self.loss = torch.zeros((), device=self.device)
         for part in range(self.accumulation):
-            number = (self.step * self.accumulation + part) * self.workers + self.rank
+            number = (self.step * self.accumulation + part) * self.share.workers + self.share.rank
             generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
             loss, self.metrics = self.engine(next(self.batches), generator)
             self.engine.backward(loss)

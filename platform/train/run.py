@@ -41,7 +41,8 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     stage = stages.override(stages.get(name, args.preset), args.set)
     if args.steps is not None:
         stage = dataclasses.replace(stage, steps=args.steps)
-    stage.micro_batches(args.workers)
+    workers = stage.context_parallel if args.workers is None else args.workers
+    stage.micro_batches(workers)
     refuse_url("--run", args.run)
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
@@ -53,7 +54,7 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     for folder in init.values():
         weights.config_for(config, Path(folder))
     data = args.data if "://" in args.data else str(Path(args.data).resolve())
-    return Settings(stage, config, data, str(Path(args.run).resolve()), init, args.workers, args.max_minutes)
+    return Settings(stage, config, data, str(Path(args.run).resolve()), init, workers, args.max_minutes)
 
 
 def find_parts(folders: list[str]) -> dict[str, str]:
@@ -131,7 +132,7 @@ def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
     add("--data", required=True, help="clip store (stage 0) or latent store: folder or s3://bucket/prefix")
     add("--run", default=f"runs/{name}", help="folder of the results; seen by all workers (default: %(default)s)")
     add("--init", action="append", default=[], metavar="FOLDER", help="run or weights to start from; may be repeated")
-    add("--workers", type=int, default=1, help="training processes, one a GPU")
+    add("--workers", type=int, help="training processes, one a GPU; by default as many as share a clip, one for tiny")
     add("--max-minutes", type=float, help="end by then; the learning rate's schedule follows the clock")
     add("--steps", type=int, help="the most steps")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field of the stage")

@@ -25,6 +25,7 @@ class Stage:
     None for as many as the batch gives each worker. steps: the most steps; a time limit may end the run before.
     warmup: steps. ema: decay of the weights' moving average, 0 for none. optimizer: "adamw", or "muon" (muon.py).
     options: keyword arguments of the objective. init_from: stages one of whose weights this one needs to start from.
+    context_parallel: workers that share a clip, a stretch of its frames each; of the flow objective.
     zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
     mode compiles nothing.
@@ -52,6 +53,7 @@ class Stage:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     init_from: tuple[str, ...] = ()
+    context_parallel: int = 1
     zero_stage: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: str = ""
@@ -75,19 +77,30 @@ class Stage:
             raise ValueError(f"zero_stage {self.zero_stage} must be 0, 1, 2 or 3")
         if self.optimizer not in ("adamw", "muon") or self.schedule not in ("cosine", "constant"):
             raise ValueError(f"{self.name}: optimizer must be adamw or muon, schedule cosine or constant")
+        if self.context_parallel < 1 or (self.context_parallel > 1 and self.objective != "flow"):
+            raise ValueError(f"{self.name}: context_parallel must be at least 1, and 1 where no clip can be cut")
         if self.optimizer == "muon" and self.zero_stage:
             raise ValueError("muon needs whole matrices, which ZeRO cuts up: set zero_stage=0 or optimizer=adamw")
         if self.zero_stage == 3 and self.ema:
             raise ValueError("ZeRO 3 keeps no whole weights to average: set ema=0, or zero_stage to 2 or less")
 
     def micro_batches(self, workers: int) -> tuple[int, int]:
-        """Clips a forward pass of one worker, and passes a step. ValueError when they do not divide the batch."""
-        share, rest = divmod(self.batch_size, workers)
+        """Clips a forward pass of one worker (or of those that share clips), and passes a step.
+
+        ValueError when they do not divide the batch.
+        """
+        replicas, rest = divmod(workers, self.context_parallel)
+        if rest or not replicas:
+            raise ValueError(
+                f"{self.name}: {workers} workers must be a multiple of context_parallel {self.context_parallel}: "
+                "change --workers, or --set context_parallel"
+            )
+        share, rest = divmod(self.batch_size, replicas)
         micro = min(self.micro_batch_size or share, share)
         if rest or not share or share % micro:
             raise ValueError(
                 f"{self.name}: batch_size {self.batch_size} must be a multiple of workers x micro_batch_size "
-                f"= {workers} x {micro}: change one of the three"
+                f"= {replicas} x {micro}: change one of the three"
             )
         return micro, share // micro
 
@@ -204,6 +217,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             options=dict(_FLOW, shift=9.95),
             seed=3407,
             init_from=("stage1_gdn",),
+            context_parallel=2,
             zero_stage=3,
         ),
         Stage(

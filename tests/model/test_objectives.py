@@ -94,7 +94,7 @@ def test_the_image_frame_has_no_loss_when_it_is_the_condition(config, batch, mon
     objective = FlowObjective(config, image_condition=1.0, caption_dropout=0.0)
     seen = {}
 
-    def spy(x, timestep, *rest):
+    def spy(x, timestep, *rest, **axis):
         seen["timestep"], seen["x"] = timestep, x
         return torch.zeros_like(x)
 

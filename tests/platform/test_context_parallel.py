@@ -54,8 +54,8 @@ def on_a_rank(rank: int, ranks: int, frames: int, folder: str) -> None:
     model, clip = model_and_clip(frames)
     axis = ContextParallel(frames)
     camera = clip["camera"]
-    clip["latents"], clip["timestep"] = clip["latents"][:, :, axis.here], clip["timestep"][:, axis.here]
-    clip["camera"] = CameraFeatures(camera.conditions[:, axis.here], camera.plucker[:, :, axis.here])
+    clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
+    clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
     velocity = model(**clip, time_axis=axis)
     loss = shared_loss(velocity, frames)
     loss.backward()

@@ -140,9 +140,11 @@ def runs(ray_cluster, tmp_path_factory):
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
     ]
     fit(folder / "ray", one)
-    fit(
-        folder / "ray", [flow(f"flow zero {n}", zero_stage=n, ema=0.0 if n == 3 else 0.9) for n in (0, 2, 3)], workers=2
-    )
+    by_zero_stage = [dict(zero_stage=n, ema=0.0 if n == 3 else 0.9) for n in (0, 2, 3)]
+    two = [flow(f"flow zero {values['zero_stage']}", **values) for values in by_zero_stage]
+    two += [flow(f"flow cut, zero {values['zero_stage']}", context_parallel=2, **values) for values in by_zero_stage]
+    fit(folder / "ray", two, workers=2)
+    fit(folder / "ray", [flow("flow cut, zero 1", context_parallel=2, zero_stage=1)], workers=4)
     return folder
 
 
@@ -158,6 +160,16 @@ def test_a_run_stopped_at_step_2_ends_as_if_it_never_stopped(name, runs):
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_two_workers_train_like_one_that_accumulates(zero_stage, runs):
     assert losses(runs / f"flow zero {zero_stage}") == pytest.approx(losses(runs / "flow"), rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_workers_that_share_clips_train_like_one(zero_stage, runs):
+    # ZeRO 1 ran on four workers: two share a clip, and two such pairs a batch.
+    name = f"flow cut, zero {zero_stage}"
+    assert losses(runs / name) == pytest.approx(losses(runs / "flow"), rel=1e-4)
+    ours, theirs = weights(runs / name), weights(runs / "flow")
+    if zero_stage < 3:  # whose weights are no average
+        assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
 
 
 def test_two_workers_average_and_export_the_same_weights(runs):
@@ -255,6 +267,7 @@ def test_workers_share_a_batch_without_overlap():
         (["--set", "steps=many"], "must be of type int"),
         (["--set", "batch_size"], "field=value"),
         (["--workers", "3"], "must be a multiple of workers"),
+        (["--workers", "3", "--set", "context_parallel=2"], "3 workers must be a multiple of context_parallel 2"),
         (["--max-minutes", "0"], "must be positive"),
         (["--init", "."], "neither a run nor a weights folder"),
         (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
