@@ -1,8 +1,8 @@
 """Context parallelism: the latent frames of one clip lie on several ranks, a stretch on each, exactly as on one device.
 
-Per block, a rank exchanges the maps of its whole stretch (D (D + V) numbers a head and direction), the frames that the
-next ranks' convolutions reach, and in softmax blocks queries, keys and values by head. Gradients cross the same way
-back: with a loss that is the rank's share of the clip's, summing parameters' gradients over the ranks gives the clip's.
+Per block, a rank exchanges the map of its whole stretch (D (D + V) numbers a head, to every other rank), the frames
+that the next ranks' convolutions reach, and in softmax blocks queries, keys and values by head. Gradients cross the
+same way back: with a loss that is the rank's share of the clip's, a parameter's gradients sum to the clip's.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ class ContextParallel(TimeAxis):
     def states(self, transition: Tensor, increment: Tensor) -> Tensor:
         both = torch.cat([transition, transition.flip(1)]), torch.cat([increment, increment.flip(1)])
         through, since = run_maps(*both)
-        whole = torch.cat([through[:, -1], since[:, -1]], dim=-2)
-        stretches = self._exchange([whole] * self.size, [whole.shape] * self.size)
         d, rows = through.shape[-1], since.shape[-2]
-        before = torch.zeros_like(since[:, 0])
-        past, future = before.chunk(2)
-        for stretch in stretches[: self.rank]:
-            a, u = stretch.chunk(2)[0].split([d, rows], dim=-2)
+        # Later ranks continue from here forwards, earlier ones backwards.
+        forwards, backwards = torch.cat([through[:, -1], since[:, -1]], dim=-2).chunk(2)
+        parts = [forwards if rank > self.rank else backwards for rank in range(self.size)]
+        maps = [part.split([d, rows], dim=-2) for part in self._exchange(parts, [forwards.shape] * self.size)]
+        past, future = torch.zeros_like(since[:, 0]).chunk(2)
+        for a, u in maps[: self.rank]:
             past = past @ a + u
-        for stretch in reversed(stretches[self.rank + 1 :]):
-            a, u = stretch.chunk(2)[1].split([d, rows], dim=-2)
+        for a, u in reversed(maps[self.rank + 1 :]):
             future = future @ a + u
         before = torch.cat([past, future])[:, None]
         forward, backward = (before @ through + since).chunk(2)
