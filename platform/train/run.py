@@ -47,6 +47,11 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
     init = find_parts(args.init)
+    if stage.objective == "vae":
+        # Other parts of a weights folder belong to its old latents; exported, they would look like this run's.
+        init = {part: folder for part, folder in init.items() if part == "vae"}
+        if stage.options.get("freeze_encoder") and not init:
+            raise ValueError("freeze_encoder trains the decoder of an autoencoder that exists: give it with --init")
     if init.get("dit") != init.get("text"):
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
     if stage.init_from and "dit" not in init:

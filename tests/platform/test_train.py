@@ -290,6 +290,18 @@ def test_a_dry_run_prints_the_resolved_settings(capsys):
     assert printed["stage"]["options"] == {"kl_weight": 0.5} and printed["stage"]["steps"] == 9
 
 
+def test_an_autoencoder_leaves_what_was_trained_on_its_old_latents(tmp_path, capsys):
+    for name in FOLDERS.values():
+        (tmp_path / name).mkdir()
+    run.run_stage("stage0_vae", ["--data", "clips", "--dry-run", "--init", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out)["init"] == {"vae": str(tmp_path)}
+
+
+def test_a_decoder_alone_needs_its_encoder():
+    with pytest.raises(ValueError, match="freeze_encoder trains the decoder of an autoencoder that exists"):
+        run.run_stage("stage0_vae", ["--data", "clips", "--set", "options.freeze_encoder=True"])
+
+
 def test_missing_clips_are_reported_before_ray_starts(tmp_path):
     with pytest.raises(ValueError, match="render-worlds"):
         run.launch(settings(str(tmp_path / "none"), tmp_path / "run"))
