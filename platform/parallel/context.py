@@ -92,8 +92,7 @@ class ContextParallel(TimeAxis):
 
     def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
-        apply: Any = torch.compiler.disable(_Exchange.apply)
-        return list(apply(self.group, shapes, *parts))
+        return list(_exchanged(self.group, shapes, *parts))
 
 
 class _Exchange(torch.autograd.Function):
@@ -107,6 +106,9 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return None, None, *_swap(ctx.group, gradients, ctx.shapes)
+
+
+_exchanged: Any = torch.compiler.disable(_Exchange.apply)  # compiled blocks are cut here
 
 
 def _swap(group: dist.ProcessGroup, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
