@@ -47,7 +47,7 @@ def cluster(root) -> Iterator[dict[str, str]]:
         yield environment | exports | address
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGINT)
+            os.killpg(child.pid, signal.SIGTERM)  # a shell in the background ignores SIGINT, and so do its children
         child.communicate()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
