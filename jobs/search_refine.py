@@ -150,7 +150,7 @@ def check_length(name: str, trajectory: Trajectory, config: WorldModelConfig) ->
         raise ValueError(
             f"trajectory {name} has {frames} poses: give a multiple of {stride} and one more, such as {near + 1}"
         )
-    if (frames - 1) // stride + 1 > config.max_latent_frames:
+    if config.latent_frames(frames) > config.max_latent_frames:
         most = (config.max_latent_frames - 1) * stride / config.fps
         raise ValueError(f"trajectory {name} lasts {trajectory.duration:.0f} s: this model makes {most:.0f} s at most")
 

@@ -116,3 +116,7 @@ class WorldModelConfig:
             raise ValueError(
                 f"plucker_channels {self.plucker_channels} must be 6 x the VAE's temporal stride {self.vae_stride[0]}"
             )
+
+    def latent_frames(self, frames: int) -> int:
+        """How many latent frames hold `frames` raw ones; the first holds one alone."""
+        return (frames - 1) // self.vae_stride[0] + 1

@@ -23,15 +23,13 @@ class ContextParallel(TimeAxis):
 
     def __init__(self, frames: int, group: dist.ProcessGroup | None = None):
         self.group = group or dist.group.WORLD
-        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if frames < self.size:
-            raise ValueError(f"{frames} latent frames cannot be cut into {self.size} stretches: use fewer ranks a clip")
-        self.counts = _even(frames, self.size)
-        self.firsts = [sum(self.counts[:rank]) for rank in range(self.size)]
-
-    @property
-    def stretches(self) -> int:  # type: ignore[override]
-        return self.size
+        self.rank, self.stretches = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if frames < self.stretches:
+            raise ValueError(
+                f"{frames} latent frames cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
+            )
+        self.counts = _even(frames, self.stretches)
+        self.firsts = [sum(self.counts[:rank]) for rank in range(self.stretches)]
 
     def held(self, x: Tensor, dim: int) -> Tensor:
         assert x.shape[dim] == sum(self.counts), f"{x.shape[dim]} frames of a clip of {sum(self.counts)}"
@@ -47,8 +45,8 @@ class ContextParallel(TimeAxis):
         d, rows = through.shape[-1], since.shape[-2]
         # Later ranks continue from here forwards, earlier ones backwards.
         forwards, backwards = torch.cat([through[:, -1], since[:, -1]], dim=-2).chunk(2)
-        parts = [forwards if rank > self.rank else backwards for rank in range(self.size)]
-        maps = [part.split([d, rows], dim=-2) for part in self._exchange(parts, [forwards.shape] * self.size)]
+        parts = [forwards if rank > self.rank else backwards for rank in range(self.stretches)]
+        maps = [part.split([d, rows], dim=-2) for part in self._exchange(parts, [forwards.shape] * self.stretches)]
         past, future = torch.zeros_like(since[:, 0]).chunk(2)
         for a, u in maps[: self.rank]:
             past = past @ a + u
@@ -61,7 +59,7 @@ class ContextParallel(TimeAxis):
 
     def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
         parts, shapes = [], []
-        for rank in range(self.size):
+        for rank in range(self.stretches):
             start, length = self._reached_by(rank, self.rank, reach)
             parts.append(x.narrow(dim, start, length))
             shape = list(x.shape)
@@ -82,7 +80,7 @@ class ContextParallel(TimeAxis):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         batch, tokens, heads, channels = q.shape
         area = tokens // self.counts[self.rank]
-        mine = _even(heads, self.size)
+        mine = _even(heads, self.stretches)
         qkv = torch.stack([q.to(dtype), k.to(dtype), v.to(dtype)])
         shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
         q, k, v = torch.cat(self._exchange(qkv.split(mine, dim=3), shapes), dim=2)
@@ -134,9 +132,6 @@ def own_clip(frames: int, ranks: int) -> ContextParallel:
 
     Collective: all ranks call it. ValueError when the world's size is no multiple of `ranks`.
     """
-    world = dist.get_world_size()
-    if world % ranks:
-        raise ValueError(f"{world} ranks cannot form groups of {ranks}")
     group, _ = dist.new_subgroups(ranks)
     assert isinstance(group, dist.ProcessGroup)
     return ContextParallel(frames, group)

@@ -122,9 +122,9 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
 
 
 def _check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -> None:
-    stride_t, stride_h, stride_w = config.vae_stride
+    _, stride_h, stride_w = config.vae_stride
     height, width = config.image_size
-    expected = (config.latent_channels, (frames - 1) // stride_t + 1, height // stride_h, width // stride_w)
+    expected = (config.latent_channels, config.latent_frames(frames), height // stride_h, width // stride_w)
     found = source.read(np.zeros(1, np.int64))
     if found["latents"].shape[1:] != expected or found["c2w"].shape[1] != frames:
         raise ValueError(

@@ -56,7 +56,7 @@ class Worker:
             self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
         ).to(self.device)
         if self.stage.context_parallel > 1:
-            frames = (self.stage.frames - 1) // settings.config.vae_stride[0] + 1
+            frames = settings.config.latent_frames(self.stage.frames)
             self.objective.time_axis = own_clip(frames, self.stage.context_parallel)
         self.trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.engine = self._engine()

@@ -56,18 +56,18 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
         if objective.samples_pixels:
             true, made = sample.chunk(2, dim=2)
         else:
-            true, made = (_decode(latents, settings) for latents in (batch["latents"], sample))
+            true, made = _decode([batch["latents"], sample], settings)
     frames = {"true": true.cpu().numpy(), "made": made.cpu().numpy()}
     contact_sheet(folder / "sample.png", frames)
     write_video(folder / "sample.mp4", [np.concatenate(list(frames.values()), axis=2)], settings.config.fps)
 
 
-def _decode(latents: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """Pixels uint8 (F, H, W, 3) of the first clip of `latents`."""
+def _decode(batches: list[torch.Tensor], settings: Settings) -> list[torch.Tensor]:
+    """Pixels uint8 (F, H, W, 3) of the first clip of each batch of latents."""
     from longtake.model.vae import build_vae, decode_latents  # seconds of imports, of which a run may have no need
 
-    vae: Any = weights.load_part(build_vae(settings.config), Path(settings.init["vae"]), "vae").to(latents.device)
-    return torch.cat(list(decode_latents(vae, latents[:1].float())), dim=1)[0]
+    vae: Any = weights.load_part(build_vae(settings.config), Path(settings.init["vae"]), "vae").to(batches[0].device)
+    return [torch.cat(list(decode_latents(vae, latents[:1].float())), dim=1)[0] for latents in batches]
 
 
 def _loss_curve(folder: Path) -> None:
