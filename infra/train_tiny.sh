@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains `tiny` on one machine with two GPUs, from rendering the first clip to a weights folder, RUNS/tiny.
-# usage: [MINUTES=28] [CLIPS=5600] [LONG_CLIPS=120] [VAE_UNTIL=40] infra/train_tiny.sh RUNS [WEIGHTS]
+# usage: [MINUTES=28] [CLIPS=5000] [LONG_CLIPS=120] [VAE_UNTIL=40] infra/train_tiny.sh RUNS [WEIGHTS]
 #
-# GPU 0 trains the autoencoder, its decoder alone once the latents are encoded, then the refiner; GPU 1 trains the world
-# model. Given weights to start from, GPU 1 need not wait for the new autoencoder: it first learns on latents of the old
-# one. Every run is at RUNS/NAME with its log RUNS/NAME.log.
+# Both GPUs train the autoencoder, then encode, then train the world model on 5 s; at last GPU 1 teaches it a minute
+# beside GPU 0, which trains the refiner. WEIGHTS: a folder to start from. Every run is at RUNS/NAME with its log
+# RUNS/NAME.log.
 #
 # VAE_UNTIL: percent of the time by which the autoencoder is done. A world model that starts from weights is quick to
 # learn new latents, so give it more then. SETTINGS: more arguments for all stages.
@@ -12,7 +12,7 @@ set -uo pipefail
 runs=$(realpath -m "${1:?folder of the runs}") old=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.." || exit
 export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD:${PYTHONPATH-}" TORCHINDUCTOR_CACHE_DIR=$runs/inductor
-begin=${BEGIN:-$(date +%s)} length=$((60 * ${MINUTES:-28})) clips=${CLIPS:-5600} long_clips=${LONG_CLIPS:-120}
+begin=${BEGIN:-$(date +%s)} length=$((60 * ${MINUTES:-28})) clips=${CLIPS:-5000} long_clips=${LONG_CLIPS:-120}
 vae_until=${VAE_UNTIL:-40}
 startup=${STARTUP:-75} # seconds from a job's start to its first step
 mkdir -p "$runs"
@@ -29,55 +29,40 @@ stage() { # NAME GPU STAGE ARGUMENTS, which end with the percent of the time by 
   minutes=$(python3 -c "print(max(0.2, $left / 60))")
   job "$1" "$2" "$3" --run "$runs/$1" --max-minutes "$minutes" "${@:4:$#-4}" ${SETTINGS-}
 }
-render() { # NAME ARGUMENTS
-  with=nice OMP_NUM_THREADS=1 job "render-$1" "" render_worlds --split train --workers "$(nproc)" \
-    --store "$runs/$1" "${@:2}"
+render() { # NAME WORKERS ARGUMENTS
+  with=nice OMP_NUM_THREADS=1 job "render-$1" "" render_worlds --split train --store "$runs/$1" --workers "$2" "${@:3}"
 }
-encode() { # GPU CLIPS WEIGHTS LATENTS ARGUMENTS
-  job "encode-$2-$4" "$1" encode_latents --data "$runs/$2" --weights "$3" --latents "$runs/$4" "${@:5}"
+encode() { # GPU CLIPS LATENTS ARGUMENTS
+  job "encode-$2" "$1" encode_latents --data "$runs/$2" --weights "$runs/vae" --latents "$runs/$3" "${@:4}"
 }
 
-render clips --clips $((clips / 4)) --seed 1
-render more --clips $((clips * 3 / 4)) --seed 2 &
+cores=$(nproc)
+render clips "$cores" --clips $((clips / 4)) --seed 1
+(
+  render more $((cores / 2)) --clips $((clips * 3 / 4)) --seed 2
+  render long $((cores / 2)) --clips "$long_clips" --frames 961 --seed 3
+) &
 rendering=$!
-start=$old
-if [ -n "$old" ]; then
-  start=$runs/gdn-old
-  (
-    encode 1 clips "$old" latents-old
-    stage gdn-old 1 stage1_gdn --data "$runs/latents-old" --init "$old" $((vae_until - 2))
-  ) &
-  learning=$!
-fi
-stage vae 0 stage0_vae --data "$runs/clips" ${old:+--init "$old"} "$vae_until" || exit
-wait $rendering ${learning-}
+stage vae 0,1 stage0_vae --data "$runs/clips" ${old:+--init "$old"} --workers 2 "$vae_until" || exit
+wait $rendering
 
-encode 0 clips "$runs/vae" latents &
-first=$!
-encode 1 more "$runs/vae" latents
-wait $first
-(
-  stage decoder 0 stage0_vae --data "$runs/clips" --init "$runs/vae" \
-    --set options.freeze_encoder=True --set seed=1 $((vae_until + 20))
-  until [ -d "$runs/gdn/weights" ]; do sleep 5; done
-  cp -r "$runs/gdn/weights" "$runs/gdn-early" # the refiner does not wait for the last steps of stage 1
-  stage refiner 0 stage5_refiner --data "$runs/latents" --init "$runs/gdn-early" --init "$runs/decoder" 98
-) &
-(
-  render long --clips "$long_clips" --frames 961 --seed 3
-  encode 0 long "$runs/vae" latents-long --frames 961 --batch 1
-) &
-lengthening=$!
-stage gdn 1 stage1_gdn --data "$runs/latents" ${start:+--init "$start"} --init "$runs/vae" \
-  --set checkpoint_minutes=4 78 || exit
-wait $lengthening
+encode 0 clips latents &
+encoding=$!
+encode 1 more latents
+wait $encoding
+encode 0 long latents-long --frames 961 --batch 1 &
+encoding=$!
+stage gdn 0,1 stage1_gdn --data "$runs/latents" ${old:+--init "$old"} --init "$runs/vae" --workers 2 82 || exit
+wait $encoding
+
+cp -r "$runs/gdn/weights" "$runs/stage1"
+[ -z "$old" ] || cp -r "$old/refiner" "$runs/stage1/"
+stage refiner 0 stage5_refiner --data "$runs/latents" --init "$runs/stage1" 98 &
 stage minute 1 stage3_minute --data "$runs/latents-long" --init "$runs/gdn" 98
 wait
 
 rm -rf "$runs/tiny" && cp -r "$runs/minute/weights" "$runs/tiny"
 mkdir "$runs/tiny/curves"
-for run in vae decoder gdn minute refiner; do cp "$runs/$run/loss.png" "$runs/tiny/curves/$run.png"; done
-for part in decoder/weights/vae refiner/weights/refiner; do
-  rm -rf "$runs/tiny/$(basename $part)" && cp -r "$runs/$part" "$runs/tiny/"
-done
+for run in vae gdn minute refiner; do cp "$runs/$run/loss.png" "$runs/tiny/curves/$run.png"; done
+rm -rf "$runs/tiny/refiner" && cp -r "$runs/refiner/weights/refiner" "$runs/tiny/"
 echo "$(seconds) s: $runs/tiny"

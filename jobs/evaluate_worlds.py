@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = weights.resolve(config, args.weights)
     config = weights.config_for(config, folder)
     store = ClipStore(args.store)
-    starts = _spread(fans(store.keys()), args.starts)
+    starts = fans(store.keys()) if args.starts else {}
+    starts = {name: starts[name] for name in _spread(list(starts), args.starts)}
     clips = ClipStore(args.clips or args.store)
     if args.dry_run:
         options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
@@ -68,11 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"contact sheets: {args.out.resolve()}")
 
 
-def _spread(starts: dict[str, list[str]], count: int) -> dict[str, list[str]]:
-    """`count` of the starts, evenly over all places."""
-    names = list(starts)
+def _spread(names: list[str], count: int) -> list[str]:
+    """`count` of the sorted names, evenly over all places."""
     chosen = np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int)
-    return {names[at]: starts[names[at]] for at in chosen}
+    return [names[at] for at in chosen]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -130,7 +130,7 @@ class Evaluation:
     def vae_psnr(self, store: ClipStore) -> float:
         """Mean over test clips of the PSNR of decoded against true frames, dB."""
         values: list[float] = []
-        keys = store.keys("test")[: self.args.limit]
+        keys = _spread(store.keys("test"), self.args.limit)
         if not keys:
             raise ValueError(f"{store.uri} has no clips of the test split: give --clips, or --limit 0")
         with Progress(len(keys), label="autoencoder") as progress:

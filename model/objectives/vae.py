@@ -16,8 +16,8 @@ from longtake.model.vae import build_vae, to_pixels, to_uint8
 class VAEObjective(Objective):
     """Reconstruction of video windows: |e| + squared + edge terms, and a KL term that keeps the latents smooth.
 
-    batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1. freeze_encoder trains the decoder alone, from an autoencoder
-    that was loaded: latents encoded before remain valid.
+    batch["frames"]: uint8 (B, F, H, W, 3), F = 8 k + 1; about half of the windows are mirrored. freeze_encoder trains
+    the decoder alone, from an autoencoder that was loaded: latents encoded before remain valid.
     """
 
     samples_pixels = True
@@ -40,6 +40,8 @@ class VAEObjective(Objective):
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
         pixels = to_pixels(batch["frames"])
+        mirror = torch.rand(len(pixels), generator=generator, device=pixels.device) < 0.5
+        pixels = torch.where(mirror[:, None, None, None, None], pixels.flip(-1), pixels)
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)

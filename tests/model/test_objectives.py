@@ -8,7 +8,7 @@ from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.refiner import RefinerObjective
 from longtake.model.objectives.vae import VAEObjective
 from longtake.model.text import tokenize
-from longtake.model.vae import decode_latents, encode_frames
+from longtake.model.vae import decode_latents, encode_frames, to_pixels
 
 pytestmark = pytest.mark.cpu
 
@@ -48,13 +48,25 @@ def test_the_autoencoder_learns_one_window(config):
     batch = {"frames": (frames * 255).to(torch.uint8)}
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
-    for step in range(12):
+    for step in range(24):
         loss, _ = objective(batch, generator(step))
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_half_of_the_windows_are_mirrored(config, monkeypatch):
+    objective = VAEObjective(config)
+    frames = torch.randint(0, 256, (8, 1, 64, 96, 3), dtype=torch.uint8)
+    encode, seen = objective.vae.encode, []
+    monkeypatch.setattr(objective.vae, "encode", lambda pixels, **how: seen.append(pixels) or encode(pixels, **how))
+    objective({"frames": frames}, generator())
+    true = to_pixels(frames)
+    mirrored = [bool((seen[0][n] == true[n].flip(-1)).all()) for n in range(8)]
+    assert 0 < sum(mirrored) < 8
+    assert all(mirrored[n] or bool((seen[0][n] == true[n]).all()) for n in range(8))
 
 
 def test_exported_latents_have_unit_scale(config, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -110,6 +111,20 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
     }
     assert {path.name for path in out.iterdir()} == names
     assert Image.open(out / "camera_00.png").width == 6 * 96
+
+
+def test_clips_and_starts_are_taken_from_all_places():
+    assert evaluate_worlds._spread(list("abcdef"), 3) == ["a", "c", "f"]
+    assert evaluate_worlds._spread(["a", "b"], 9) == ["a", "b"]
+    assert evaluate_worlds._spread(["a", "b"], 0) == []
+
+
+def test_the_autoencoder_alone_needs_no_fans(command, tmp_path, capsys):
+    store = ClipStore(command[3])
+    ClipStore(tmp_path / "clips").write_shard("a", [dataclasses.replace(store.read("0/0"), key="one")])
+    options = ["--store", str(tmp_path / "clips"), "--starts", "0", "--no-write", "--device", "cpu"]
+    evaluate_worlds.main([*command, *options])
+    assert "vae_psnr_db" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_what_would_be_done(command, capsys):
