@@ -3,8 +3,8 @@
 # usage: [MINUTES=28] [CLIPS=5000] [LONG_CLIPS=120] [VAE_UNTIL=40] infra/train_tiny.sh RUNS [WEIGHTS]
 #
 # Both GPUs train the autoencoder, then encode, then train the world model on 5 s; at last GPU 1 teaches it a minute
-# beside GPU 0, which trains the refiner. WEIGHTS: a folder to start from. Every run is at RUNS/NAME with its log
-# RUNS/NAME.log.
+# beside GPU 0, which trains the refiner. WEIGHTS: a folder to start from, then without stage 1. Every run is at
+# RUNS/NAME with its log RUNS/NAME.log.
 #
 # VAE_UNTIL: percent of the time by which the autoencoder is done. A world model that starts from weights is quick to
 # learn new latents, so give it more then. SETTINGS: more arguments for all stages.
@@ -52,17 +52,20 @@ encode 1 more latents
 wait $encoding
 encode 0 long latents-long --frames 961 --batch 1 &
 encoding=$!
-stage gdn 0,1 stage1_gdn --data "$runs/latents" ${old:+--init "$old"} --init "$runs/vae" --workers 2 82 || exit
+if [ -z "$old" ]; then
+  stage gdn 0,1 stage1_gdn --data "$runs/latents" --init "$runs/vae" --workers 2 65 || exit
+fi
+stage hybrid 0,1 stage2_hybrid --data "$runs/latents" --init "${old:-$runs/gdn}" --init "$runs/vae" --workers 2 82 || exit
 wait $encoding
 
-cp -r "$runs/gdn/weights" "$runs/stage1"
+cp -r "$runs/hybrid/weights" "$runs/stage1"
 [ -z "$old" ] || cp -r "$old/refiner" "$runs/stage1/"
 stage refiner 0 stage5_refiner --data "$runs/latents" --init "$runs/stage1" 98 &
-stage minute 1 stage3_minute --data "$runs/latents-long" --init "$runs/gdn" 98
+stage minute 1 stage3_minute --data "$runs/latents-long" --init "$runs/hybrid" 98
 wait
 
 rm -rf "$runs/tiny" && cp -r "$runs/minute/weights" "$runs/tiny"
 mkdir "$runs/tiny/curves"
-for run in vae gdn minute refiner; do cp "$runs/$run/loss.png" "$runs/tiny/curves/$run.png"; done
+for curve in "$runs"/*/loss.png; do cp "$curve" "$runs/tiny/curves/$(basename "$(dirname "$curve")").png"; done
 rm -rf "$runs/tiny/refiner" && cp -r "$runs/refiner/weights/refiner" "$runs/tiny/"
 echo "$(seconds) s: $runs/tiny"

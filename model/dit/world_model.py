@@ -159,6 +159,15 @@ class WorldModel(nn.Module):
         for parameter in self.plucker_embedder.parameters():
             nn.init.zeros_(parameter)
 
+    def start_from_gdn(self, gdn: WorldModel) -> None:
+        """Take the weights of a network with GDN in every block.
+
+        A softmax block begins with the projections, norms and gates of the GDN block it replaces, which change its
+        output least: both average the values by how well keys fit the query, only the GDN's weights fade with time.
+        """
+        theirs = gdn.state_dict()
+        self.load_state_dict({name: theirs[name] for name in self.state_dict()})
+
     @property
     def null_caption(self) -> Tensor:
         """Features (L, D_text) that stand for no caption."""

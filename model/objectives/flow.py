@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ class FlowObjective(Objective):
 
     A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
     image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the
-    camera out of a batch. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
+    camera out of a batch. replace_gdn: weights to start from may have GDN in every block; those that are softmax
+    attention here begin with the replaced ones' weights. batch: latents, c2w, intrinsics, tokens int64 (B, L),
+    tokens_mask bool (B, L).
 
     Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
     share times the number of stretches: its mean over the ranks is the clips' loss.
@@ -34,6 +37,7 @@ class FlowObjective(Objective):
         caption_dropout: float = 0.1,
         camera_dropout: float = 0.0,
         shift: float | None = None,
+        replace_gdn: bool = False,
     ):
         super().__init__()
         self.config = config
@@ -45,6 +49,7 @@ class FlowObjective(Objective):
             camera_dropout,
         )
         self.shift = config.sampler.shift if shift is None else shift
+        self.replace_gdn = replace_gdn
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
         latents = batch["latents"].float()
@@ -112,7 +117,12 @@ class FlowObjective(Objective):
         weights.save_part(self.text, folder, "text", dtype)
 
     def load(self, folder: Path) -> None:
-        weights.load_part(self.world_model, folder, "dit")
+        if self.replace_gdn and not weights.config_for(self.config, folder).softmax_every:
+            gdn = WorldModel(dataclasses.replace(self.config, softmax_every=0))
+            weights.load_part(gdn, folder, "dit")
+            self.world_model.start_from_gdn(gdn)
+        else:
+            weights.load_part(self.world_model, folder, "dit")
         weights.load_part(self.text, folder, "text")
 
 

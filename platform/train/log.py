@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longtake.platform.observe.progress import Progress
 from longtake.platform.train.stages import Stage
@@ -25,39 +28,60 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """One JSON object a line: step, seconds, loss, the objective's metrics, lr, clips_per_second."""
+    """One JSON object a line: step, seconds, loss, the objective's metrics, lr, clips_per_second, and what a GPU does:
+    tokens_per_second of one worker, data_wait (share of the time that the first worker waits for its batches) and
+    memory_gib (its peak so far).
+    """
 
-    def __init__(self, folder: Path, stage: Stage, step: int) -> None:
-        self.path, self.stage = folder / NAME, stage
+    def __init__(self, folder: Path, stage: Stage, step: int, clip_tokens: float = 0) -> None:
+        """clip_tokens: latent tokens of a clip over the number of workers; 0 where a stage has none."""
+        self.path, self.stage, self.clip_tokens = folder / NAME, stage, clip_tokens
         kept = [record for record in read(folder) if record["step"] <= step]  # a re-run takes the later steps again
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._step, self._time = step, time.monotonic()
 
-    def write(self, step: int, values: dict[str, float], rate: float, seconds: float) -> None:
-        """ValueError when the loss is not finite."""
+    def write(self, step: int, values: dict[str, float], rate: float, seconds: float, waited: float = 0) -> None:
+        """waited: seconds spent on waiting for batches since the last call. ValueError when the loss is not finite."""
         if not math.isfinite(values["loss"]):
             raise ValueError(
                 f"the loss is {values['loss']} at step {step}: lower learning_rate (now {self.stage.learning_rate}) "
                 "with --set; run again to go on from the last checkpoint"
             )
         now = time.monotonic()
-        speed = (step - self._step) * self.stage.batch_size / (now - self._time)
+        elapsed = now - self._time
+        speed = (step - self._step) * self.stage.batch_size / elapsed
         record = {"step": step, "seconds": round(seconds, 2), **values, "lr": rate, "clips_per_second": round(speed, 2)}
+        if self.clip_tokens:
+            record["tokens_per_second"] = round(speed * self.clip_tokens)
+        record |= {"data_wait": round(waited / elapsed, 4), "memory_gib": round(_peak_memory() / 2**30, 2)}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self._step, self._time = step, now
 
 
+def _peak_memory() -> int:
+    """Bytes: of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 @contextmanager
-def shown(folder: Path, stage: Stage) -> Iterator[None]:
-    """Show the run's progress on the screen while the block waits for it."""
+def shown(folder: Path, stage: Stage, send: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
+    """Show the run's progress on the screen while the block waits for it, and `send` every new record."""
     ended = threading.Event()
+    old = max((record["step"] for record in read(folder)), default=0)
 
     def follow() -> None:
-        old = max((record["step"] for record in read(folder)), default=0)
-        progress = None
-        while not ended.wait(1):
-            for record in read(folder)[-1:]:
+        progress, sent, last = None, old, False
+        while not last:
+            last = ended.wait(1)
+            records = read(folder)
+            for record in records:
+                if send and record["step"] > sent:
+                    send(record)
+                    sent = record["step"]
+            for record in records[-1:]:
                 if progress is None and record["step"] != old:  # the time until the first record is not a step's
                     progress = Progress(stage.steps, "steps", stage.name, initial=record["step"], interval=10)
                 elif progress and record["step"] > progress.done:

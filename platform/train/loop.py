@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Worker:
         self.saved_step, self.saved_seconds = self.step, seconds
         self.loss = torch.zeros(())
         self.metrics: dict[str, Tensor] = {}
+        self.waited = 0.0
         self.batches = self._batches()
 
     def _engine(self) -> Any:
@@ -116,7 +118,7 @@ class Worker:
     def run(self) -> None:
         """Train until the steps or the minutes are used up; ends with a checkpoint, the weights and their pictures."""
         stage = self.stage
-        log = Log(self.settings.folder, stage, self.step) if self.rank == 0 else None
+        log = Log(self.settings.folder, stage, self.step, self._clip_tokens()) if self.rank == 0 else None
         while True:
             seconds = self.clock.tick(self.step)
             progress = self.clock.progress(self.step)
@@ -134,7 +136,8 @@ class Worker:
             if self.step % stage.log_every == 0 or self.step in (1, stage.steps):
                 values = self._averaged({"loss": self.loss, **self.metrics})
                 if log:
-                    log.write(self.step, values, rate, self.clock.now())
+                    log.write(self.step, values, rate, self.clock.now(), self.waited)
+                self.waited = 0.0
 
     def _update(self, rate: float) -> None:
         """One step of the optimiser over this worker's share of the batch. The same step draws the same numbers."""
@@ -144,16 +147,30 @@ class Worker:
         for part in range(self.accumulation):
             number = (self.step * self.accumulation + part) * self.share.workers + self.share.rank
             generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
-            loss, self.metrics = self.engine(next(self.batches), generator)
+            begin = time.perf_counter()
+            batch = next(self.batches)
+            self.waited += time.perf_counter() - begin
+            loss, self.metrics = self.engine(batch, generator)
             self.engine.backward(loss)
             if self.stage.grad_clip and not self.stage.zero_stage and part == self.accumulation - 1:
                 # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model.
-                nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip)
+                self.metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip)
             self.engine.step()
             self.loss += loss.detach() / self.accumulation
+        if self.stage.zero_stage and (norm := self.engine.get_global_grad_norm()) is not None:
+            self.metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
         if self.ema:
             self.ema.update()
         self.step += 1
+
+    def _clip_tokens(self) -> float:
+        """Latent tokens of a clip, over the workers; 0 for the autoencoder, which has none."""
+        if self.stage.objective == "vae":
+            return 0
+        config = self.settings.config
+        _, rows, columns = config.vae_stride
+        area = (config.image_size[0] // rows) * (config.image_size[1] // columns)
+        return config.latent_frames(self.stage.frames) * area / self.workers
 
     def _averaged(self, values: dict[str, Tensor]) -> dict[str, float]:
         """The values' means over all workers; waits for the device."""

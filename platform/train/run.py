@@ -13,11 +13,14 @@ import ray
 
 from longtake.model import presets, weights
 from longtake.model.checkpoint import local_folder
+from longtake.model.config import WorldModelConfig
 from longtake.platform.observe import ray_cluster
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
 from longtake.platform.train.feed import open_source
 from longtake.platform.train.settings import Settings
+from longtake.platform.train.stages import Stage
+from longtake.platform.train.tracking import tracking
 
 
 def run_stage(name: str, argv: list[str] | None = None, about: str | None = None) -> None:
@@ -27,7 +30,7 @@ def run_stage(name: str, argv: list[str] | None = None, about: str | None = None
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(settings), indent=2))
         return
-    launch(settings)
+    launch(settings, args.wandb)
     done = checkpoint.newest(settings.folder / "checkpoints")
     print(f"step {checkpoint.step_of(done) if done else 0} of {settings.stage.steps}; results in {settings.folder}:")
     for path in ("weights", "metrics.jsonl", "loss.png", "sample.png", "sample.mp4", "checkpoints"):
@@ -37,8 +40,8 @@ def run_stage(name: str, argv: list[str] | None = None, about: str | None = None
 
 def resolve(name: str, args: argparse.Namespace) -> Settings:
     """The run that the arguments describe. ValueError for whatever can be known to be wrong before it starts."""
-    config = presets.get(args.preset)
     stage = stages.override(stages.get(name, args.preset), args.set)
+    config = _config(presets.get(args.preset), stage)
     if args.steps is not None:
         stage = dataclasses.replace(stage, steps=args.steps)
     workers = stage.context_parallel if args.workers is None else args.workers
@@ -56,10 +59,37 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
     if stage.init_from and "dit" not in init:
         raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")
-    for folder in init.values():
-        weights.config_for(config, Path(folder))
+    for part, folder in init.items():
+        saved = weights.config_for(config, Path(folder))
+        if part == "dit":
+            _check_origin(stage, config, saved, Path(folder))
     data = args.data if "://" in args.data else str(Path(args.data).resolve())
     return Settings(stage, config, data, str(Path(args.run).resolve()), init, workers, args.max_minutes)
+
+
+def _config(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
+    """The preset as the stage trains it."""
+    unknown = set(stage.model) - {field.name for field in dataclasses.fields(preset)}
+    if unknown:
+        raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")
+    return dataclasses.replace(preset, **stage.model)
+
+
+def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfig, folder: Path) -> None:
+    """ValueError when a world model to start from is of the wrong stage, or its blocks are of other kinds."""
+    record = folder.parent / "stage.json"
+    if stage.init_from and record.is_file():
+        came_from = json.loads(record.read_text())["stage"]["name"]
+        if came_from not in (*stage.init_from, stage.name):
+            raise ValueError(
+                f"{stage.name} starts from the weights of {' or '.join(stage.init_from)}: "
+                f"{folder.parent} is a run of {came_from}"
+            )
+    replaced = stage.options.get("replace_gdn") and not saved.softmax_every
+    if stage.objective != "vae" and saved.softmax_every != config.softmax_every and not replaced:
+        kinds = ["GDN in every block", f"softmax attention in every {saved.softmax_every}th block"]
+        hint = "train stage2_hybrid from it first" if not saved.softmax_every else "choose weights of stage1_gdn"
+        raise ValueError(f"{folder} has {kinds[saved.softmax_every > 0]}, which {stage.name} does not train: {hint}")
 
 
 def find_parts(folders: list[str]) -> dict[str, str]:
@@ -82,7 +112,7 @@ def find_parts(folders: list[str]) -> dict[str, str]:
     return found
 
 
-def launch(settings: Settings) -> None:
+def launch(settings: Settings, wandb_project: str | None = None) -> None:
     """Train on the Ray cluster that `connect` finds, on GPUs where it has them."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -102,7 +132,7 @@ def launch(settings: Settings) -> None:
         run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
     )
     try:
-        with log.shown(settings.folder, settings.stage):
+        with tracking(settings, wandb_project) as send, log.shown(settings.folder, settings.stage, send):
             trainer.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -140,6 +170,7 @@ def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
     add("--workers", type=int, help="training processes, one a GPU; by default as many as share a clip, one for tiny")
     add("--max-minutes", type=float, help="end by then; the learning rate's schedule follows the clock")
     add("--steps", type=int, help="the most steps")
+    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases, to RUN/wandb unless WANDB_MODE=online")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field of the stage")
     add("--dry-run", action="store_true", help="print the resolved settings")
     return parser

@@ -24,7 +24,8 @@ class Stage:
     stage. batch_size: clips (windows) a step over all workers; micro_batch_size: clips a forward pass of one worker,
     None for as many as the batch gives each worker. steps: the most steps; a time limit may end the run before.
     warmup: steps. ema: decay of the weights' moving average, 0 for none. optimizer: "adamw", or "muon" (muon.py).
-    options: keyword arguments of the objective. init_from: stages one of whose weights this one needs to start from.
+    options: keyword arguments of the objective. model: fields of the preset's configuration that this stage trains with
+    other values. init_from: stages one of whose weights this one needs to start from.
     context_parallel: workers that share a clip, a stretch of its frames each; of the flow objective.
     zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
@@ -51,6 +52,7 @@ class Stage:
     grad_clip: float = 1.0
     ema: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     init_from: tuple[str, ...] = ()
     context_parallel: int = 1
@@ -107,6 +109,47 @@ class Stage:
 
 _FLOW = dict(image_condition=0.9, caption_dropout=0.1)
 
+_TINY_GDN = Stage(
+    name="stage1_gdn",
+    objective="flow",
+    frames=81,
+    batch_size=64,
+    learning_rate=2e-3,
+    optimizer="muon",
+    steps=20_000,
+    warmup=200,
+    weight_decay=0.01,
+    ema=0.999,
+    options=dict(_FLOW),
+    model=dict(softmax_every=0),
+    compile="reduce-overhead",  # launches bound it: 85 ms a step, 180 in the default mode
+    compiled=("world_model.blocks",),
+    cache="device",
+)
+_SANA_GDN = Stage(
+    name="stage1_gdn",
+    objective="flow",
+    frames=81,
+    batch_size=64,
+    micro_batch_size=1,
+    learning_rate=5e-5,
+    schedule="constant",
+    steps=30_000,
+    eps=1e-10,
+    grad_clip=0.5,
+    options=dict(_FLOW, shift=9.95),
+    model=dict(softmax_every=0),
+    seed=3407,
+    zero_stage=3,
+)
+
+
+def _hybrid(gdn: Stage) -> Stage:
+    """Stage 2: the values of stage 1, with softmax attention in the preset's blocks."""
+    options = dict(gdn.options, replace_gdn=True)
+    return dataclasses.replace(gdn, name="stage2_hybrid", options=options, model={}, init_from=(gdn.name,))
+
+
 _TABLE: dict[str, tuple[Stage, ...]] = {
     "tiny": (
         Stage(
@@ -125,22 +168,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             compile="reduce-overhead",  # of 8 windows of 17 frames: 20 ms a step, 27 in the default mode, 50 without
             compiled=("vae.encoder", "vae.decoder"),
         ),
-        Stage(
-            name="stage1_gdn",
-            objective="flow",
-            frames=81,
-            batch_size=64,
-            learning_rate=2e-3,
-            optimizer="muon",
-            steps=20_000,
-            warmup=200,
-            weight_decay=0.01,
-            ema=0.999,
-            options=dict(_FLOW),
-            compile="reduce-overhead",  # launches bound it: 85 ms a step, 180 in the default mode
-            compiled=("world_model.blocks",),
-            cache="device",
-        ),
+        _TINY_GDN,
+        _hybrid(_TINY_GDN),
         Stage(
             name="stage3_minute",
             objective="flow",
@@ -153,7 +182,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             weight_decay=0.01,
             ema=0.995,
             options=dict(_FLOW),
-            init_from=("stage1_gdn",),
+            init_from=("stage2_hybrid",),
             cache="device",
         ),
         Stage(
@@ -167,7 +196,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             warmup=100,
             weight_decay=0.01,
             ema=0.999,
-            init_from=("stage1_gdn", "stage3_minute"),
+            init_from=("stage2_hybrid", "stage3_minute"),
             compile="default",
             compiled=("refiner.transformer.transformer_blocks", "stage1.world_model.blocks"),
             cache="device",
@@ -190,21 +219,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             zero_stage=2,
             windows_per_clip=4,
         ),
-        Stage(
-            name="stage1_gdn",
-            objective="flow",
-            frames=81,
-            batch_size=64,
-            micro_batch_size=1,
-            learning_rate=5e-5,
-            schedule="constant",
-            steps=30_000,
-            eps=1e-10,
-            grad_clip=0.5,
-            options=dict(_FLOW, shift=9.95),
-            seed=3407,
-            zero_stage=3,
-        ),
+        _SANA_GDN,
+        _hybrid(_SANA_GDN),
         Stage(
             name="stage3_minute",
             objective="flow",
@@ -218,7 +234,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             grad_clip=0.5,
             options=dict(_FLOW, shift=9.95),
             seed=3407,
-            init_from=("stage1_gdn",),
+            init_from=("stage2_hybrid",),
             context_parallel=2,
             zero_stage=3,
         ),
@@ -234,7 +250,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             steps=10_000,
             grad_clip=0.5,
             seed=3407,
-            init_from=("stage1_gdn", "stage3_minute"),
+            init_from=("stage2_hybrid", "stage3_minute"),
             zero_stage=3,
         ),
     ),
@@ -255,27 +271,28 @@ def get(name: str, preset: str) -> Stage:
 
 
 def override(stage: Stage, assignments: Sequence[str]) -> Stage:
-    """`stage` with "field=value" assignments applied; "options.NAME=value" sets one argument of the objective.
+    """`stage` with "field=value" assignments applied; "options.NAME=value" sets an entry of options, "model." of model.
 
     Values are Python literals, bare words are strings. ValueError for an unknown field or a value of another type.
     """
     values: dict[str, Any] = {}
-    options = dict(stage.options)
+    tables: dict[str, dict[str, Any]] = {"options": dict(stage.options), "model": dict(stage.model)}
     types = {item.name: type(getattr(stage, item.name)) for item in dataclasses.fields(stage)}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"{assignment!r} must be field=value")
         value = _literal(text)
-        if name.startswith("options."):
-            options[name.removeprefix("options.")] = value
+        table, dot, entry = name.partition(".")
+        if dot and table in tables:
+            tables[table][entry] = value
             continue
         if name not in types:
             near = difflib.get_close_matches(name, types, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"a stage has no field {name!r}{hint}")
         values[name] = _as_type(name, value, types[name])
-    return dataclasses.replace(stage, **values, options=options)
+    return dataclasses.replace(stage, **values, **tables)
 
 
 def _literal(text: str) -> Any:

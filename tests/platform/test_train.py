@@ -1,5 +1,6 @@
 """Training through Ray Train and DeepSpeed, on a model of a few thousand parameters."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -10,8 +11,9 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
+from longtake.model import presets
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
-from longtake.model.weights import FOLDERS
+from longtake.model.weights import FOLDERS, save_config
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
@@ -20,6 +22,7 @@ from longtake.platform.train import checkpoint, feed, log, run, stages
 from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
 from longtake.platform.train.settings import Settings
+from longtake.platform.train.tracking import tracking
 
 pytestmark = pytest.mark.cpu
 
@@ -124,6 +127,7 @@ def runs(ray_cluster, tmp_path_factory):
     def flow(name, **changes):
         return settings(latents, folder / name, "stage1_gdn", micro_batch_size=1, **changes)
 
+    gdn = {part: str(folder / "gdn" / "weights") for part in ("dit", "text")}
     init = {part: str(folder / run / "weights") for part, run in (("vae", "vae"), ("dit", "flow"), ("text", "flow"))}
     one = [
         settings(clips, folder / "vae"),
@@ -137,6 +141,8 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow muon", optimizer="muon"),
         flow("flow muon halved", optimizer="muon", steps=2),
         flow("flow muon halved", optimizer="muon"),
+        dataclasses.replace(flow("gdn", steps=1), config=dataclasses.replace(MICRO, softmax_every=0)),
+        settings(latents, folder / "hybrid", "stage2_hybrid", init=gdn, steps=1, learning_rate=0.0),
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
     ]
     fit(folder / "ray", one)
@@ -170,6 +176,21 @@ def test_workers_that_share_clips_train_like_one(zero_stage, runs):
     ours, theirs = weights(runs / name), weights(runs / "flow")
     if zero_stage < 3:  # whose weights are no average
         assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
+
+
+def test_stage_2_begins_with_the_weights_of_stage_1(runs):
+    gdn, hybrid = weights(runs / "gdn"), weights(runs / "hybrid")
+    assert set(gdn) - set(hybrid) == {f"transformer/blocks.3.attn.conv_k{kind}.weight" for kind in ("", "_cam")}
+    assert set(hybrid) < set(gdn) and all(torch.equal(hybrid[name], gdn[name]) for name in hybrid)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow zero 2", "flow zero 3"])
+def test_a_record_says_how_the_run_does(name, runs):
+    record = log.read(runs / name)[-1]
+    workers = 1 if name == "flow" else 2
+    assert record["tokens_per_second"] == pytest.approx(record["clips_per_second"] * 3 * 2 / workers, abs=1)
+    assert record["grad_norm"] > 0 and 0 <= record["data_wait"] < 1 and record["memory_gib"] > 0.1
+    assert "tokens_per_second" not in log.read(runs / "vae")[-1]
 
 
 def test_two_workers_average_and_export_the_same_weights(runs):
@@ -280,14 +301,44 @@ def test_a_wrong_argument_ends_before_training(arguments, message, tmp_path, mon
 
 
 def test_a_stage_that_goes_on_from_another_asks_for_its_weights():
-    with pytest.raises(ValueError, match="starts from the weights of stage1_gdn: give its run with --init"):
+    with pytest.raises(ValueError, match="starts from the weights of stage2_hybrid: give its run with --init"):
         run.run_stage("stage3_minute", ["--data", "latents"])
+
+
+@pytest.mark.parametrize(
+    ("trained", "softmax_every", "stage", "says"),
+    [
+        ("stage1_gdn", 0, "stage3_minute", "starts from the weights of stage2_hybrid: .* is a run of stage1_gdn"),
+        (None, 0, "stage3_minute", "GDN in every block, which stage3_minute does not train: train stage2_hybrid"),
+        (None, 4, "stage1_gdn", "softmax attention in every 4th block, which stage1_gdn does not train"),
+        ("stage1_gdn", 0, "stage2_hybrid", None),
+        (None, 4, "stage2_hybrid", None),
+        ("stage3_minute", 4, "stage3_minute", None),
+    ],
+)
+def test_a_stage_looks_at_where_its_weights_come_from(trained, softmax_every, stage, says, tmp_path, capsys):
+    for part in ("transformer", "text_encoder"):
+        (tmp_path / "weights" / part).mkdir(parents=True)
+    save_config(dataclasses.replace(presets.get("tiny"), softmax_every=softmax_every), tmp_path / "weights")
+    if trained:
+        (tmp_path / "stage.json").write_text(json.dumps({"stage": {"name": trained}}))
+    arguments = ["--data", "latents", "--init", str(tmp_path), "--dry-run"]
+    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+        run.run_stage(stage, arguments)
+
+
+def test_a_stage_trains_the_preset_with_its_own_values(capsys):
+    run.run_stage("stage1_gdn", ["--data", "latents", "--dry-run", "--set", "model.mlp_ratio=1.0"])
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["softmax_every"] == 0 and config["mlp_ratio"] == 1.0
+    with pytest.raises(ValueError, match=r"model\.depht is no field"):
+        run.run_stage("stage1_gdn", ["--data", "latents", "--set", "model.depht=1"])
 
 
 def test_a_dry_run_prints_the_resolved_settings(capsys):
     run.run_stage("stage0_vae", ["--data", "clips", "--dry-run", "--set", "options.kl_weight=0.5", "--steps", "9"])
     printed = json.loads(capsys.readouterr().out)
-    assert printed["stage"]["options"] == {"kl_weight": 0.5} and printed["stage"]["steps"] == 9
+    assert printed["stage"]["options"] == {"squared_weight": 40.0, "kl_weight": 0.5} and printed["stage"]["steps"] == 9
 
 
 def test_an_autoencoder_leaves_what_was_trained_on_its_old_latents(tmp_path, capsys):
@@ -306,6 +357,17 @@ def test_missing_clips_are_reported_before_ray_starts(tmp_path):
     with pytest.raises(ValueError, match="render-worlds"):
         run.launch(settings(str(tmp_path / "none"), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_records_go_to_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / "run").mkdir()
+    chosen = settings("clips", tmp_path / "run")
+    with tracking(chosen, "worlds") as send, log.shown(chosen.folder, chosen.stage, send):
+        record = {"step": 1, "seconds": 1.0, "loss": 0.25, "lr": 1e-3, "clips_per_second": 2.0}
+        (chosen.folder / log.NAME).write_text(json.dumps(record) + "\n")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"clips_per_second" in file.read_bytes()
 
 
 def test_a_folder_of_another_run_is_not_overwritten(tmp_path):
