@@ -18,6 +18,7 @@ from longtake.platform.observe import ray_cluster
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
 from longtake.platform.train.feed import open_source
+from longtake.platform.train.recovery import survive
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
 from longtake.platform.train.tracking import tracking
@@ -30,7 +31,7 @@ def run_stage(name: str, argv: list[str] | None = None, about: str | None = None
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(settings), indent=2))
         return
-    launch(settings, args.wandb)
+    launch(settings, args.wandb, args.survive)
     done = checkpoint.newest(settings.folder / "checkpoints")
     print(f"step {checkpoint.step_of(done) if done else 0} of {settings.stage.steps}; results in {settings.folder}:")
     for path in ("weights", "metrics.jsonl", "loss.png", "sample.png", "sample.mp4", "checkpoints"):
@@ -40,8 +41,9 @@ def run_stage(name: str, argv: list[str] | None = None, about: str | None = None
 
 def resolve(name: str, args: argparse.Namespace) -> Settings:
     """The run that the arguments describe. ValueError for whatever can be known to be wrong before it starts."""
+    preset = presets.get(args.preset)
     stage = stages.override(stages.get(name, args.preset), args.set)
-    config = _config(presets.get(args.preset), stage)
+    config = _config(preset, stage)
     if args.steps is not None:
         stage = dataclasses.replace(stage, steps=args.steps)
     workers = stage.context_parallel if args.workers is None else args.workers
@@ -112,8 +114,8 @@ def find_parts(folders: list[str]) -> dict[str, str]:
     return found
 
 
-def launch(settings: Settings, wandb_project: str | None = None) -> None:
-    """Train on the Ray cluster that `connect` finds, on GPUs where it has them."""
+def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3) -> None:
+    """Train on the Ray cluster that `connect` finds, on GPUs where it has them; `losses` as `survive` takes it."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -125,15 +127,18 @@ def launch(settings: Settings, wandb_project: str | None = None) -> None:
         raise ValueError(f"--workers {settings.workers} need a GPU each, the cluster has {gpus}")
     # Ray's own bookkeeping of a run; ours is in RUN/checkpoints, whole or invisible.
     scratch = settings.folder / ".ray"
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"settings": settings},
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus > 0),
-        run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
-    )
+
+    def fit() -> None:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"settings": settings},
+            scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus > 0),
+            run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
+        ).fit()
+
     try:
         with tracking(settings, wandb_project) as send, log.shown(settings.folder, settings.stage, send):
-            trainer.fit()
+            survive(fit, settings.folder / "checkpoints", losses)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -170,6 +175,7 @@ def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
     add("--workers", type=int, help="training processes, one a GPU; by default as many as share a clip, one for tiny")
     add("--max-minutes", type=float, help="end by then; the learning rate's schedule follows the clock")
     add("--steps", type=int, help="the most steps")
+    add("--survive", type=int, default=3, help="losses of workers in a row without a checkpoint (default: %(default)s)")
     add("--wandb", metavar="PROJECT", help="also log to Weights & Biases, to RUN/wandb unless WANDB_MODE=online")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field of the stage")
     add("--dry-run", action="store_true", help="print the resolved settings")

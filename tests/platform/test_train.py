@@ -3,10 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import threading
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
@@ -21,6 +25,7 @@ from longtake.platform.observe.job import user_message
 from longtake.platform.train import checkpoint, feed, log, run, stages
 from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
+from longtake.platform.train.recovery import survive
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.tracking import tracking
 
@@ -191,6 +196,64 @@ def test_a_record_says_how_the_run_does(name, runs):
     assert record["tokens_per_second"] == pytest.approx(record["clips_per_second"] * 3 * 2 / workers, abs=1)
     assert record["grad_norm"] > 0 and 0 <= record["data_wait"] < 1 and record["memory_gib"] > 0.1
     assert "tokens_per_second" not in log.read(runs / "vae")[-1]
+
+
+def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
+    latents = make_latents(tmp_path / "latents")
+
+    def chosen(name):
+        return settings(latents, tmp_path / name, "stage1_gdn", steps=120, checkpoint_steps=10, workers=2)
+
+    def kill_one():
+        while not (tmp_path / "killed/checkpoints/step-00000020").is_dir():
+            time.sleep(0.02)
+        workers = (each for each in psutil.process_iter(["name"]) if "RayTrainWorker" in (each.info["name"] or ""))
+        next(workers).kill()
+
+    fit(tmp_path / "ray", [chosen("whole")], workers=2)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run.launch(chosen("killed"))
+    killer.join()
+    assert "a worker was lost: going on from step" in capfd.readouterr().err
+    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert list(killed) == list(range(1, 121)) and killed == pytest.approx(whole, rel=1e-6)
+
+
+class Lost(Exception):
+    """What Ray Train raises; `kind` is the class of its one worker's failure."""
+
+    def __init__(self, kind):
+        self.worker_failures = {0: kind()}
+
+
+@pytest.mark.parametrize(("progress_at", "calls_in_all"), [((), 3), ((2, 3), 5)])
+def test_losses_are_survived_as_long_as_checkpoints_come(progress_at, calls_in_all, tmp_path, capsys):
+    calls = []
+
+    def fit():
+        calls.append(None)
+        if len(calls) in progress_at:
+            checkpoint.write(tmp_path, len(calls), lambda path: None, rank=0, barrier=lambda: None)
+        raise Lost(ActorDiedError)
+
+    with pytest.raises(Lost):
+        survive(fit, tmp_path, losses=2)
+    assert len(calls) == calls_in_all
+    where = "from step 3" if progress_at else "from the start"
+    assert f"going on {where} (2 of 2 losses in a row)" in capsys.readouterr().err
+
+
+def test_an_error_of_the_training_is_not_tried_again(tmp_path):
+    calls = []
+
+    def fit():
+        calls.append(None)
+        raise Lost(ValueError)
+
+    with pytest.raises(Lost):
+        survive(fit, tmp_path, losses=2)
+    assert len(calls) == 1
 
 
 def test_two_workers_average_and_export_the_same_weights(runs):
