@@ -1,0 +1,76 @@
+"""Compare a clip that several processes share with the same clip on one, gradients included.
+
+Processes on this machine, over gloo on CPUs or NCCL on GPUs; random weights, nothing is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import torch
+
+from longtake.model import presets
+from longtake.platform.observe import measurements
+from longtake.platform.observe.job import run_job
+from longtake.platform.observe.progress import Progress
+from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    config = presets.get(args.preset)
+    if args.depth:
+        config = dataclasses.replace(config, depth=args.depth)
+    layouts = [_layout(text) for text in args.layouts]
+    if args.device == "cuda" and (needed := max(layout.ranks for layout in layouts)) > torch.cuda.device_count():
+        raise ValueError(f"{needed} ranks need a GPU each, this machine has {torch.cuda.device_count()}")
+    if args.dry_run:
+        print(json.dumps(vars(args) | {"config": dataclasses.asdict(config), "limit": LIMIT}, indent=2))
+        return
+    figures: dict[str, float] = {}
+    with Progress(len(layouts), "layouts", "parallel") as progress:
+        for layout in layouts:
+            errors = relative_errors(config, layout, args.device)
+            figures |= {f"worst_{what}_error_{layout.name}": error for what, error in errors.items()}
+            progress.update(1, largest=max(figures.values()))
+    for name, error in figures.items():
+        print(f"{name:40} {error:.1e}")
+    if above := [name for name, error in figures.items() if not error <= LIMIT]:
+        raise ValueError(f"{', '.join(above)}: more than {LIMIT:g}; compare torch with requirements.lock")
+    if args.write:
+        print(f"figures: {measurements.write(f'context_parallel_{args.device}', figures)}")
+
+
+def _layout(text: str) -> Layout:
+    """RANKSxFRAMES. ValueError when it is none, or a rank would hold no frame."""
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"--layouts {text}: write RANKSxFRAMES, such as 2x7")
+    layout = Layout(*map(int, numbers))
+    if not 1 <= layout.ranks <= layout.frames:
+        raise ValueError(f"--layouts {text}: a rank needs a frame, so at least 1 and at most {layout.frames} ranks")
+    return layout
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="check-parallel", description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
+    add("--depth", type=int, default=4, help="blocks; 0 for as many as the preset has (default: %(default)s)")
+    add(
+        "--layouts",
+        nargs="+",
+        default=["2x7", "3x5", "4x5", "2x121"],
+        metavar="RANKSxFRAMES",
+        help="processes and latent frames (default: 2x7 3x5 4x5 2x121)",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")
+    add("--dry-run", action="store_true", help="print the resolved arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)
