@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -22,9 +22,9 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
 from longtake.platform.data.latents import COLUMNS, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore
-from longtake.platform.train.order import Order, Share
+from longtake.platform.train.order import Mixture, Order, Share
 from longtake.platform.train.rows import RowIndex, index_rows
-from longtake.platform.train.stages import Stage
+from longtake.platform.train.stages import Corpora, Stage
 
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Tensor]
@@ -98,6 +98,39 @@ class LatentSource:
         }
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Several sources as one, in the mixture's proportions."""
+
+    sources: tuple[Any, ...]  # each a Source, or each a Resident
+    mixture: Mixture
+
+    def batch(self, start: int, count: int) -> dict[str, Any]:
+        drawn = [
+            (source.batch(first, len(places)), places)
+            for source, (first, places) in zip(self.sources, self.mixture.parts(start, count), strict=True)
+            if len(places)
+        ]
+        back = np.argsort(np.concatenate([places for _, places in drawn]))
+        return {name: _joined([batch[name] for batch, _ in drawn], back) for name in drawn[0][0]}
+
+
+def _joined(parts: list[Any], order: np.ndarray) -> Any:
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
+    return np.concatenate(parts)[order]
+
+
+def open_sources(
+    stage: Stage, config: WorldModelConfig, corpora: Corpora, split: str = "train"
+) -> ClipSource | LatentSource | Mixed:
+    """The stage's clips, mixed by the weights of their stores; errors as of `open_source`."""
+    sources = tuple(open_source(stage, config, uri, split) for uri, _ in corpora)
+    if len(sources) == 1:
+        return sources[0]
+    return Mixed(sources, Mixture(tuple(weight for _, weight in corpora), stage.seed))
+
+
 def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "train") -> ClipSource | LatentSource:
     """The stage's clips.
 
@@ -162,6 +195,18 @@ def stream(
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
+def draw(
+    source: LatentSource | Mixed, where: torch.device, share: Share, number: int, count: int, device: torch.device
+) -> Iterator[Batch]:
+    """As `stream`, from memory: `where` the clips are kept, all of them loaded by the first batch."""
+    if isinstance(source, Mixed):
+        kept: Resident | Mixed = Mixed(tuple(Resident(each, where, device) for each in source.sources), source.mixture)
+    else:
+        kept = Resident(source, where, device)
+    for k in range(number, number + count):
+        yield kept.batch(share.start(k), share.micro)
+
+
 @dataclass(frozen=True)
 class _MicroBatches:
     """A worker's micro-batches by number."""
@@ -176,7 +221,7 @@ class _MicroBatches:
 
 
 class Resident:
-    """All encoded clips in the memory of the device (or the host); a batch is an index gather there."""
+    """All encoded clips of a source in the memory of the device (or the host); a batch is an index gather there."""
 
     def __init__(self, source: LatentSource, where: torch.device, device: torch.device) -> None:
         self.order, self.device = source.order, device
@@ -193,11 +238,9 @@ class Resident:
                     self._set[name][start : start + len(piece)] = piece
         self._epoch: tuple[int, Tensor] | None = None
 
-    def draw(self, share: Share, number: int, count: int) -> Iterator[Batch]:
-        """As `stream`."""
-        for k in range(number, number + count):
-            rows = self._rows(share.start(k), share.micro)
-            yield {name: tensor.index_select(0, rows).to(self.device) for name, tensor in self._set.items()}
+    def batch(self, start: int, count: int) -> Batch:
+        rows = self._rows(start, count)
+        return {name: tensor.index_select(0, rows).to(self.device) for name, tensor in self._set.items()}
 
     def _rows(self, start: int, count: int) -> Tensor:
         """The order's rows as a tensor; an epoch's permutation is uploaded once."""

@@ -23,7 +23,7 @@ from longtake.model.objectives import build_objective
 from longtake.platform.parallel.context import own_clip
 from longtake.platform.train import checkpoint, results
 from longtake.platform.train.ema import EMA
-from longtake.platform.train.feed import Batch, LatentSource, Resident, open_source, stream
+from longtake.platform.train.feed import Batch, ClipSource, draw, open_sources, stream
 from longtake.platform.train.log import Log
 from longtake.platform.train.muon import Muon, matrices_and_others
 from longtake.platform.train.order import Share
@@ -109,10 +109,11 @@ class Worker:
         """This worker's micro-batches from the one that it has reached."""
         stage, settings = self.stage, self.settings
         first, count = self.step * self.accumulation, (stage.steps - self.step) * self.accumulation
-        source = open_source(stage, settings.config, settings.data)
-        if stage.cache and isinstance(source, LatentSource):
+        source = open_sources(stage, settings.config, settings.data)
+        if stage.cache and stage.objective != "vae":
+            assert not isinstance(source, ClipSource)
             where = self.device if stage.cache == "device" else torch.device("cpu")
-            return Resident(source, where, self.device).draw(self.share, first, count)
+            return draw(source, where, self.share, first, count, self.device)
         return stream(source, self.share, first, count, self.device)
 
     def run(self) -> None:
@@ -209,8 +210,11 @@ class Worker:
         if newest is None:
             return 0, 0.0
         _, state = self.engine.load_checkpoint(str(newest), tag="state")
-        if state["workers"] != self.workers:
-            raise ValueError(f"{newest} was written by {state['workers']} workers: go on with that many --workers")
+        if self.stage.zero_stage and state["workers"] != self.workers:
+            raise ValueError(
+                f"{newest} was written by {state['workers']} workers, a share of ZeRO's state each: "
+                "go on with that many --workers"
+            )
         if self.ema and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         return state["step"], state["seconds"]

@@ -17,7 +17,7 @@ from longtake.platform.evaluate.sheets import contact_sheet
 from longtake.platform.store.files import whole
 from longtake.platform.store.video import write_video
 from longtake.platform.train import log
-from longtake.platform.train.feed import open_source
+from longtake.platform.train.feed import open_sources
 from longtake.platform.train.settings import Settings
 
 
@@ -46,9 +46,9 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
         return
     stage = settings.stage
     try:
-        source = open_source(stage, settings.config, settings.data, split="test")
+        source = open_sources(stage, settings.config, settings.data, split="test")
     except ValueError:
-        source = open_source(stage, settings.config, settings.data)
+        source = open_sources(stage, settings.config, settings.data)
     batch = {name: torch.from_numpy(array.copy()).to(device) for name, array in source.batch(0, 1).items()}
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a sample's shape is not worth compiling

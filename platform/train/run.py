@@ -17,10 +17,11 @@ from longtake.model.config import WorldModelConfig
 from longtake.platform.observe import ray_cluster
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
-from longtake.platform.train.feed import open_source
+from longtake.platform.train.feed import open_sources
+from longtake.platform.train.order import Mixture
 from longtake.platform.train.recovery import survive
 from longtake.platform.train.settings import Settings
-from longtake.platform.train.stages import Stage
+from longtake.platform.train.stages import Corpora, Stage
 from longtake.platform.train.tracking import tracking
 
 
@@ -65,8 +66,25 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         saved = weights.config_for(config, Path(folder))
         if part == "dit":
             _check_origin(stage, config, saved, Path(folder))
-    data = args.data if "://" in args.data else str(Path(args.data).resolve())
-    return Settings(stage, config, data, str(Path(args.run).resolve()), init, workers, args.max_minutes)
+    return Settings(stage, config, _corpora(args.data), str(Path(args.run).resolve()), init, workers, args.max_minutes)
+
+
+def _corpora(given: list[str]) -> Corpora:
+    """(store, weight) of each "STORE" or "STORE=WEIGHT". ValueError for a store given twice."""
+    corpora = {}
+    for text in given:
+        store, equals, weight = text.rpartition("=")
+        try:
+            store, share = (store, float(weight)) if equals else (text, 1.0)
+        except ValueError:
+            store, share = text, 1.0  # a name may hold a "="
+        store = store if "://" in store else str(Path(store).resolve())
+        if store in corpora:
+            raise ValueError(f"--data {store} is given twice: add up its weights")
+        corpora[store] = share
+    if len(corpora) > 1:
+        Mixture(tuple(corpora.values()), 0)
+    return tuple(corpora.items())
 
 
 def _config(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
@@ -119,7 +137,7 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    open_source(settings.stage, settings.config, settings.data)
+    open_sources(settings.stage, settings.config, settings.data)
     _write_record(settings)
     ray_cluster.connect(num_cpus=settings.workers + 2)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -169,7 +187,13 @@ def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=name.replace("_", "-"), description=about)
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
-    add("--data", required=True, help="clip store (stage 0) or latent store: folder or s3://bucket/prefix")
+    add(
+        "--data",
+        required=True,
+        action="append",
+        metavar="STORE[=WEIGHT]",
+        help="clip store (stage 0) or latent store: folder or s3://bucket/prefix; several are mixed by their weights",
+    )
     add("--run", default=f"runs/{name}", help="folder of the results; seen by all workers (default: %(default)s)")
     add("--init", action="append", default=[], metavar="FOLDER", help="run or weights to start from; may be repeated")
     add("--workers", type=int, help="training processes, one a GPU; by default as many as share a clip, one for tiny")

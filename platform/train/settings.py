@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.model.config import WorldModelConfig
-from longtake.platform.train.stages import Stage
+from longtake.platform.train.stages import Corpora, Stage
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Settings:
 
     stage: Stage
     config: WorldModelConfig
-    data: str
+    data: Corpora
     run: str
     init: dict[str, str]
     workers: int = 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Objective = Literal["vae", "flow", "refiner"]
+Corpora = tuple[tuple[str, float], ...]  # stores that a stage draws from, each with its weight in the mix
 
 
 @dataclass(frozen=True)

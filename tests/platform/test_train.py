@@ -24,7 +24,7 @@ from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import user_message
 from longtake.platform.train import checkpoint, feed, log, run, stages
 from longtake.platform.train.loop import train
-from longtake.platform.train.order import Order, Share
+from longtake.platform.train.order import Mixture, Order, Share
 from longtake.platform.train.recovery import survive
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.tracking import tracking
@@ -68,10 +68,10 @@ def make_clips(folder):
     return store.uri
 
 
-def make_latents(folder):
-    rng = np.random.default_rng(0)
+def make_latents(folder, clips=5, seed=0):
+    rng = np.random.default_rng(seed)
     store = LatentStore(str(folder))
-    arrays = [rng.normal(size=(8, 3, 1, 2)).astype(np.float16) for _ in range(5)]
+    arrays = [rng.normal(size=(8, 3, 1, 2)).astype(np.float16) for _ in range(clips)]
     store.write_shard("a", [EncodedClip(f"clip{i}", x, POSES, PINHOLES, "a") for i, x in enumerate(arrays)])
     return store.uri
 
@@ -91,7 +91,8 @@ def settings(data, folder, name="stage0_vae", init=None, max_minutes=None, worke
         compile="",
     )
     stage = dataclasses.replace(stages.get(name, "tiny"), **(values | changes))
-    return Settings(stage, MICRO, data, str(folder), init or {}, workers, max_minutes)
+    corpora = ((data, 1.0),) if isinstance(data, str) else data
+    return Settings(stage, MICRO, corpora, str(folder), init or {}, workers, max_minutes)
 
 
 def losses(folder):
@@ -128,6 +129,7 @@ def runs(ray_cluster, tmp_path_factory):
     """Folder of finished runs, each named after what was special about it."""
     folder = tmp_path_factory.mktemp("runs")
     clips, latents = make_clips(folder / "clips"), make_latents(folder / "latents")
+    more = make_latents(folder / "more", seed=1)
 
     def flow(name, **changes):
         return settings(latents, folder / name, "stage1_gdn", micro_batch_size=1, **changes)
@@ -142,6 +144,8 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow"),
         flow("flow halved", steps=2),
         flow("flow halved", cache=None),
+        flow("flow grown", steps=2),
+        dataclasses.replace(flow("flow mixed"), data=((latents, 1.0), (more, 3.0))),
         flow("flow unclipped", steps=1, grad_clip=0.0),
         flow("flow muon", optimizer="muon"),
         flow("flow muon halved", optimizer="muon", steps=2),
@@ -152,7 +156,8 @@ def runs(ray_cluster, tmp_path_factory):
     ]
     fit(folder / "ray", one)
     by_zero_stage = [dict(zero_stage=n, ema=0.0 if n == 3 else 0.9) for n in (0, 2, 3)]
-    two = [flow(f"flow zero {values['zero_stage']}", **values) for values in by_zero_stage]
+    two = [flow("flow grown")]
+    two += [flow(f"flow zero {values['zero_stage']}", **values) for values in by_zero_stage]
     two += [flow(f"flow cut, zero {values['zero_stage']}", context_parallel=2, **values) for values in by_zero_stage]
     fit(folder / "ray", two, workers=2)
     fit(folder / "ray", [flow("flow cut, zero 1", context_parallel=2, zero_stage=1)], workers=4)
@@ -187,6 +192,14 @@ def test_stage_2_begins_with_the_weights_of_stage_1(runs):
     gdn, hybrid = weights(runs / "gdn"), weights(runs / "hybrid")
     assert set(gdn) - set(hybrid) == {f"transformer/blocks.3.attn.conv_k{kind}.weight" for kind in ("", "_cam")}
     assert set(hybrid) < set(gdn) and all(torch.equal(hybrid[name], gdn[name]) for name in hybrid)
+
+
+def test_a_run_draws_from_several_corpora(runs):
+    assert list(losses(runs / "flow mixed")) == [1, 2, 3, 4] and losses(runs / "flow mixed") != losses(runs / "flow")
+
+
+def test_a_run_goes_on_with_more_workers(runs):
+    assert losses(runs / "flow grown") == pytest.approx(losses(runs / "flow"), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["flow", "flow zero 2", "flow zero 3"])
@@ -338,6 +351,56 @@ def test_an_epoch_draws_each_clip_as_often_as_the_stage_says():
     assert list(order.rows(5, 20)) == [*first[5:], *second[:11]]
 
 
+def test_a_mixture_is_exact_and_needs_no_history():
+    mixture, other = Mixture((3, 1), seed=5), Mixture((3, 1), seed=6)
+    whole = mixture.parts(0, 2500)
+    assert [len(places) for _, places in whole[:2]] == pytest.approx([1875, 625], abs=25)
+    assert sorted(np.concatenate([places for _, places in whole])) == list(range(2500))
+    (_, of_second), (_, of_other) = whole[1], other.parts(0, 2500)[1]
+    assert len(of_second[of_second < 2000]) == 500 and not np.array_equal(of_second[:99], of_other[:99])
+    for start, count in ((0, 1), (990, 20), (1000, 7), (1999, 400)):  # any stretch goes on where the one before ended
+        for (first, places), (_, all_places) in zip(mixture.parts(start, count), whole, strict=True):
+            assert first == (all_places < start).sum()
+            assert np.array_equal(places, all_places[(all_places >= start) & (all_places < start + count)] - start)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [((1, 0), "must be positive"), ((1, float("nan")), "must be positive"), ((1, 1e-6), "give at least 0.001")],
+)
+def test_weights_that_cannot_be_mixed_are_refused(weights, says):
+    with pytest.raises(ValueError, match=says):
+        Mixture(weights, 0)
+
+
+def test_corpora_are_mixed_the_same_from_files_and_from_memory(tmp_path):
+    corpora = ((make_latents(tmp_path / "a"), 2.0), (make_latents(tmp_path / "b", 3, seed=1), 1.0))
+    stage = dataclasses.replace(stages.get("stage1_gdn", "tiny"), frames=FRAMES, window=9, seed=4)
+    source, cpu = feed.open_sources(stage, MICRO, corpora), torch.device("cpu")
+    assert isinstance(source, feed.Mixed)
+    share = Share(1, 2, 6)  # micro-batches 1, 3, 5: every other six samples
+    batches = list(feed.stream(source, share, 0, 3, cpu))
+    for batch, kept in zip(batches, feed.draw(source, cpu, share, 0, 3, cpu), strict=True):
+        assert all(torch.equal(batch[name], kept[name]) for name in batch)
+    each = [feed.open_source(stage, MICRO, uri) for uri, _ in corpora]
+    for number, batch in enumerate(batches):
+        for one, (first, places) in zip(each, source.mixture.parts(12 * number + 6, 6), strict=True):
+            if len(places):
+                assert np.array_equal(batch["latents"][places], one.batch(first, len(places))["latents"])
+
+
+@pytest.mark.parametrize(
+    ("given", "corpora"),
+    [
+        (["s3://a/b"], (("s3://a/b", 1.0),)),
+        (["s3://a=3", "/b=0.5"], (("s3://a", 3.0), ("/b", 0.5))),
+        (["/runs/lr=low"], (("/runs/lr=low", 1.0),)),
+    ],
+)
+def test_stores_are_given_with_their_weights(given, corpora):
+    assert run._corpora(given) == corpora
+
+
 def test_workers_share_a_batch_without_overlap():
     shares = [Share(rank, workers=2, micro=3) for rank in range(2)]
     starts = sorted(share.start(number) for share in shares for number in range(4))
@@ -353,6 +416,8 @@ def test_workers_share_a_batch_without_overlap():
         (["--workers", "3"], "must be a multiple of workers"),
         (["--workers", "3", "--set", "context_parallel=2"], "3 workers must be a multiple of context_parallel 2"),
         (["--max-minutes", "0"], "must be positive"),
+        (["--data", "more=0"], "weights of corpora must be positive"),
+        (["--data", "latents=2"], "is given twice"),
         (["--init", "."], "neither a run nor a weights folder"),
         (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
     ],
