@@ -99,17 +99,22 @@ def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfi
     """ValueError when a world model to start from is of the wrong stage, or its blocks are of other kinds."""
     record = folder.parent / "stage.json"
     if stage.init_from and record.is_file():
-        came_from = json.loads(record.read_text())["stage"]["name"]
-        if came_from not in (*stage.init_from, stage.name):
+        trained = json.loads(record.read_text())["stage"]
+        # A refiner's run holds the world model that it was given.
+        if trained["objective"] == "flow" and trained["name"] not in (*stage.init_from, stage.name):
             raise ValueError(
                 f"{stage.name} starts from the weights of {' or '.join(stage.init_from)}: "
-                f"{folder.parent} is a run of {came_from}"
+                f"{folder.parent} is a run of {trained['name']}"
             )
-    replaced = stage.options.get("replace_gdn") and not saved.softmax_every
-    if stage.objective != "vae" and saved.softmax_every != config.softmax_every and not replaced:
-        kinds = ["GDN in every block", f"softmax attention in every {saved.softmax_every}th block"]
-        hint = "train stage2_hybrid from it first" if not saved.softmax_every else "choose weights of stage1_gdn"
-        raise ValueError(f"{folder} has {kinds[saved.softmax_every > 0]}, which {stage.name} does not train: {hint}")
+    if stage.objective == "vae" or saved.softmax_every == config.softmax_every:
+        return
+    if saved.softmax_every:
+        kind, hint = f"softmax attention in every {saved.softmax_every}th block", "choose weights of stage1_gdn"
+    elif not stage.options.get("replace_gdn"):
+        kind, hint = "GDN in every block", "train stage2_hybrid from it first"
+    else:
+        return
+    raise ValueError(f"{folder} has {kind}, which {stage.name} does not train: {hint}")
 
 
 def find_parts(folders: list[str]) -> dict[str, str]:

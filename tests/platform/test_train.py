@@ -442,6 +442,7 @@ def test_a_stage_that_goes_on_from_another_asks_for_its_weights():
         ("stage1_gdn", 0, "stage2_hybrid", None),
         (None, 4, "stage2_hybrid", None),
         ("stage3_minute", 4, "stage3_minute", None),
+        ("stage5_refiner", 4, "stage3_minute", None),
     ],
 )
 def test_a_stage_looks_at_where_its_weights_come_from(trained, softmax_every, stage, says, tmp_path, capsys):
@@ -449,7 +450,7 @@ def test_a_stage_looks_at_where_its_weights_come_from(trained, softmax_every, st
         (tmp_path / "weights" / part).mkdir(parents=True)
     save_config(dataclasses.replace(presets.get("tiny"), softmax_every=softmax_every), tmp_path / "weights")
     if trained:
-        (tmp_path / "stage.json").write_text(json.dumps({"stage": {"name": trained}}))
+        (tmp_path / "stage.json").write_text(json.dumps({"stage": dataclasses.asdict(stages.get(trained, "tiny"))}))
     arguments = ["--data", "latents", "--init", str(tmp_path), "--dry-run"]
     with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
         run.run_stage(stage, arguments)
