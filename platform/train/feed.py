@@ -198,13 +198,12 @@ def stream(
 def draw(
     source: LatentSource | Mixed, where: torch.device, share: Share, number: int, count: int, device: torch.device
 ) -> Iterator[Batch]:
-    """As `stream`, from memory: `where` the clips are kept, all of them loaded by the first batch."""
+    """As `stream`, from memory: all clips are loaded now, to be kept `where`."""
     if isinstance(source, Mixed):
         kept: Resident | Mixed = Mixed(tuple(Resident(each, where, device) for each in source.sources), source.mixture)
     else:
         kept = Resident(source, where, device)
-    for k in range(number, number + count):
-        yield kept.batch(share.start(k), share.micro)
+    return (kept.batch(share.start(k), share.micro) for k in range(number, number + count))
 
 
 @dataclass(frozen=True)
