@@ -37,9 +37,9 @@ encode() { # GPU CLIPS LATENTS ARGUMENTS
 }
 
 cores=$(nproc)
-render clips "$cores" --clips $((clips / 4)) --seed 1
+render clips "$cores" --clips $((clips / 2)) --seed 1
 (
-  render more $((cores / 2)) --clips $((clips * 3 / 4)) --seed 2
+  render more $((cores / 2)) --clips $((clips / 2)) --seed 2
   render long $((cores / 2)) --clips "$long_clips" --frames 961 --seed 3
 ) &
 rendering=$!

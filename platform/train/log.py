@@ -29,13 +29,16 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 class Log:
     """One JSON object a line: step, seconds, loss, the objective's metrics, lr, clips_per_second, and what a GPU does:
-    tokens_per_second of one worker, data_wait (share of the time that the first worker waits for its batches) and
-    memory_gib (its peak so far).
+    tokens_per_second of one worker, mfu (share of its peak FLOP/s that the model's own FLOPs take), data_wait (share of
+    the time that the first worker waits for its batches) and memory_gib (its peak so far).
     """
 
-    def __init__(self, folder: Path, stage: Stage, step: int, clip_tokens: float = 0) -> None:
-        """clip_tokens: latent tokens of a clip over the number of workers; 0 where a stage has none."""
-        self.path, self.stage, self.clip_tokens = folder / NAME, stage, clip_tokens
+    def __init__(self, folder: Path, stage: Stage, step: int, clip_tokens: float = 0, clip_seconds: float = 0) -> None:
+        """clip_tokens: latent tokens of a clip over the number of workers, clip_seconds: what a clip takes all of them
+        at their peak; 0 where it is unknown.
+        """
+        self.path, self.stage = folder / NAME, stage
+        self.clip_tokens, self.clip_seconds = clip_tokens, clip_seconds
         kept = [record for record in read(folder) if record["step"] <= step]  # a re-run takes the later steps again
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self._step, self._time = step, time.monotonic()
@@ -53,6 +56,8 @@ class Log:
         record = {"step": step, "seconds": round(seconds, 2), **values, "lr": rate, "clips_per_second": round(speed, 2)}
         if self.clip_tokens:
             record["tokens_per_second"] = round(speed * self.clip_tokens)
+        if self.clip_seconds:
+            record["mfu"] = round(speed * self.clip_seconds, 4)
         record |= {"data_wait": round(waited / elapsed, 4), "memory_gib": round(_peak_memory() / 2**30, 2)}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")

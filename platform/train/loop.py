@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longtake.model.flops import forward_flops, peak_flops
 from longtake.model.objectives import build_objective
 from longtake.platform.parallel.context import own_clip
 from longtake.platform.train import checkpoint, results
@@ -119,7 +120,7 @@ class Worker:
     def run(self) -> None:
         """Train until the steps or the minutes are used up; ends with a checkpoint, the weights and their pictures."""
         stage = self.stage
-        log = Log(self.settings.folder, stage, self.step, self._clip_tokens()) if self.rank == 0 else None
+        log = Log(self.settings.folder, stage, self.step, *self._clip_costs()) if self.rank == 0 else None
         while True:
             seconds = self.clock.tick(self.step)
             progress = self.clock.progress(self.step)
@@ -164,14 +165,17 @@ class Worker:
             self.ema.update()
         self.step += 1
 
-    def _clip_tokens(self) -> float:
-        """Latent tokens of a clip, over the workers; 0 for the autoencoder, which has none."""
+    def _clip_costs(self) -> tuple[float, float]:
+        """Latent tokens of a clip over the workers, and the seconds that it takes them at their peak; 0 if unknown."""
         if self.stage.objective == "vae":
-            return 0
-        config = self.settings.config
+            return 0, 0
+        config, frames = self.settings.config, self.settings.config.latent_frames(self.stage.frames)
         _, rows, columns = config.vae_stride
-        area = (config.image_size[0] // rows) * (config.image_size[1] // columns)
-        return config.latent_frames(self.stage.frames) * area / self.workers
+        tokens = frames * (config.image_size[0] // rows) * (config.image_size[1] // columns)
+        peak = peak_flops(self.device)
+        if self.stage.objective != "flow" or not peak:  # a refiner's step is of other networks
+            return tokens / self.workers, 0
+        return tokens / self.workers, 3 * forward_flops(config, frames) / (peak * self.workers)
 
     def _averaged(self, values: dict[str, Tensor]) -> dict[str, float]:
         """The values' means over all workers; waits for the device."""

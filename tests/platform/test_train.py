@@ -488,6 +488,15 @@ def test_missing_clips_are_reported_before_ray_starts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_record_says_how_much_of_the_peak_is_used(tmp_path):
+    stage = settings("clips", tmp_path).stage
+    recorder = log.Log(tmp_path, stage, 0, clip_seconds=0.25)
+    time.sleep(0.05)
+    recorder.write(1, {"loss": 1.0}, 1e-3, 1.0)
+    (record,) = log.read(tmp_path)
+    assert record["mfu"] == pytest.approx(record["clips_per_second"] * 0.25, rel=0.01)
+
+
 def test_records_go_to_weights_and_biases(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     (tmp_path / "run").mkdir()
