@@ -49,6 +49,10 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         stage = dataclasses.replace(stage, steps=args.steps)
     workers = stage.context_parallel if args.workers is None else args.workers
     stage.micro_batches(workers)
+    if stage.context_parallel > (latent_frames := config.latent_frames(stage.frames)):
+        raise ValueError(
+            f"context_parallel {stage.context_parallel} must be at most {latent_frames}, the latent frames of a clip"
+        )
     refuse_url("--run", args.run)
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")

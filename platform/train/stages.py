@@ -102,8 +102,8 @@ class Stage:
         micro = min(self.micro_batch_size or share, share)
         if rest or not share or share % micro:
             raise ValueError(
-                f"{self.name}: batch_size {self.batch_size} must be a multiple of workers x micro_batch_size "
-                f"= {replicas} x {micro}: change one of the three"
+                f"{self.name}: batch_size {self.batch_size} must be a multiple of workers / context_parallel x "
+                f"micro_batch_size = {replicas} x {micro}: change one of them"
             )
         return micro, share // micro
 
