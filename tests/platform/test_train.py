@@ -1,6 +1,5 @@
 """Training through Ray Train and DeepSpeed, on a model of a few thousand parameters."""
 
-import contextlib
 import dataclasses
 import json
 import threading
@@ -15,9 +14,8 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
-from longtake.model import presets
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
-from longtake.model.weights import FOLDERS, save_config
+from longtake.model.weights import FOLDERS
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
@@ -389,98 +387,10 @@ def test_corpora_are_mixed_the_same_from_files_and_from_memory(tmp_path):
                 assert np.array_equal(batch["latents"][places], one.batch(first, len(places))["latents"])
 
 
-@pytest.mark.parametrize(
-    ("given", "corpora"),
-    [
-        (["s3://a/b"], (("s3://a/b", 1.0),)),
-        (["s3://a=3", "/b=0.5"], (("s3://a", 3.0), ("/b", 0.5))),
-        (["/runs/lr=low"], (("/runs/lr=low", 1.0),)),
-    ],
-)
-def test_stores_are_given_with_their_weights(given, corpora):
-    assert run._corpora(given) == corpora
-
-
 def test_workers_share_a_batch_without_overlap():
     shares = [Share(rank, workers=2, micro=3) for rank in range(2)]
     starts = sorted(share.start(number) for share in shares for number in range(4))
     assert starts == [*range(0, 24, 3)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--set", "learning_rat=1"], "did you mean 'learning_rate'"),
-        (["--set", "steps=many"], "must be of type int"),
-        (["--set", "batch_size"], "field=value"),
-        (["--workers", "3"], "must be a multiple of workers / context_parallel"),
-        (["--workers", "3", "--set", "context_parallel=2"], "3 workers must be a multiple of context_parallel 2"),
-        (["--workers", "16", "--set", "context_parallel=16"], "must be at most 11, the latent frames of a clip"),
-        (["--max-minutes", "0"], "must be positive"),
-        (["--data", "more=0"], "weights of corpora must be positive"),
-        (["--data", "latents=2"], "is given twice"),
-        (["--init", "."], "neither a run nor a weights folder"),
-        (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
-    ],
-)
-def test_a_wrong_argument_ends_before_training(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        run.run_stage("stage1_gdn", ["--data", "latents", *arguments])
-
-
-def test_a_stage_that_goes_on_from_another_asks_for_its_weights():
-    with pytest.raises(ValueError, match="starts from the weights of stage2_hybrid: give its run with --init"):
-        run.run_stage("stage3_minute", ["--data", "latents"])
-
-
-@pytest.mark.parametrize(
-    ("trained", "softmax_every", "stage", "says"),
-    [
-        ("stage1_gdn", 0, "stage3_minute", "starts from the weights of stage2_hybrid: .* is a run of stage1_gdn"),
-        (None, 0, "stage3_minute", "GDN in every block, which stage3_minute does not train: train stage2_hybrid"),
-        (None, 4, "stage1_gdn", "softmax attention in every 4th block, which stage1_gdn does not train"),
-        ("stage1_gdn", 0, "stage2_hybrid", None),
-        (None, 4, "stage2_hybrid", None),
-        ("stage3_minute", 4, "stage3_minute", None),
-        ("stage5_refiner", 4, "stage3_minute", None),
-    ],
-)
-def test_a_stage_looks_at_where_its_weights_come_from(trained, softmax_every, stage, says, tmp_path, capsys):
-    for part in ("transformer", "text_encoder"):
-        (tmp_path / "weights" / part).mkdir(parents=True)
-    save_config(dataclasses.replace(presets.get("tiny"), softmax_every=softmax_every), tmp_path / "weights")
-    if trained:
-        (tmp_path / "stage.json").write_text(json.dumps({"stage": dataclasses.asdict(stages.get(trained, "tiny"))}))
-    arguments = ["--data", "latents", "--init", str(tmp_path), "--dry-run"]
-    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
-        run.run_stage(stage, arguments)
-
-
-def test_a_stage_trains_the_preset_with_its_own_values(capsys):
-    run.run_stage("stage1_gdn", ["--data", "latents", "--dry-run", "--set", "model.mlp_ratio=1.0"])
-    config = json.loads(capsys.readouterr().out)["config"]
-    assert config["softmax_every"] == 0 and config["mlp_ratio"] == 1.0
-    with pytest.raises(ValueError, match=r"model\.depht is no field"):
-        run.run_stage("stage1_gdn", ["--data", "latents", "--set", "model.depht=1"])
-
-
-def test_a_dry_run_prints_the_resolved_settings(capsys):
-    run.run_stage("stage0_vae", ["--data", "clips", "--dry-run", "--set", "options.kl_weight=0.5", "--steps", "9"])
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["stage"]["options"] == {"squared_weight": 40.0, "kl_weight": 0.5} and printed["stage"]["steps"] == 9
-
-
-def test_an_autoencoder_leaves_what_was_trained_on_its_old_latents(tmp_path, capsys):
-    for name in FOLDERS.values():
-        (tmp_path / name).mkdir()
-    run.run_stage("stage0_vae", ["--data", "clips", "--dry-run", "--init", str(tmp_path)])
-    assert json.loads(capsys.readouterr().out)["init"] == {"vae": str(tmp_path)}
-
-
-def test_a_decoder_alone_needs_its_encoder():
-    with pytest.raises(ValueError, match="freeze_encoder trains the decoder of an autoencoder that exists"):
-        run.run_stage("stage0_vae", ["--data", "clips", "--set", "options.freeze_encoder=True"])
 
 
 def test_missing_clips_are_reported_before_ray_starts(tmp_path):
