@@ -120,3 +120,10 @@ class WorldModelConfig:
     def latent_frames(self, frames: int) -> int:
         """How many latent frames hold `frames` raw ones; the first holds one alone."""
         return (frames - 1) // self.vae_stride[0] + 1
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(height, width) of a latent frame."""
+        _, stride_h, stride_w = self.vae_stride
+        height, width = self.image_size
+        return height // stride_h, width // stride_w

@@ -22,7 +22,7 @@ def forward_flops(config: WorldModelConfig, frames: int) -> int:
     Matrix products, convolutions and attention of both branches; what is linear in the tokens is left out. The fused
     kernels, which skip work of the definition, are given its count. A training step takes three times as many.
     """
-    rows, columns = (size // stride for size, stride in zip(config.image_size, config.vae_stride[1:], strict=True))
+    rows, columns = config.latent_size
     attention: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mapping = {attention: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)}
     with FakeTensorMode(), torch.no_grad():

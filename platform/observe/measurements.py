@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -78,6 +79,13 @@ def commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, bytes: the GPU's where it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device() -> str:

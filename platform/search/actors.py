@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import torch
 
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.evaluate.scores import score
+from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.search.plan import Candidate
 from longtake.platform.store.video import encode_video
 
@@ -162,12 +162,8 @@ def _batch(latents: np.ndarray, pipeline: WorldPipeline) -> torch.Tensor:
 
 
 def _cost(seconds: float, pipeline: WorldPipeline) -> dict[str, Any]:
-    """Seconds, and the most memory this process has held, in 1e9 bytes: the GPU's where it uses one."""
-    if pipeline.device.type == "cuda":
-        held = torch.cuda.max_memory_allocated()
-    else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_gb": held / 1e9, "device": pipeline.device.type}
+    """Seconds, and the most memory this process has held, in 1e9 bytes."""
+    return {"seconds": seconds, "peak_gb": peak_memory() / 1e9, "device": pipeline.device.type}
 
 
 def start_pool(kind: type, model: ModelSpec, count: int, num_gpus: float) -> list[Any]:

@@ -26,6 +26,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
+def reached(folder: Path) -> int:
+    """The step of the newest complete checkpoint, 0 without one."""
+    found = newest(folder)
+    return step_of(found) if found else 0
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether every file that COMPLETE lists is there in full length."""
     try:

@@ -155,9 +155,7 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
 
 
 def _check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -> None:
-    _, stride_h, stride_w = config.vae_stride
-    height, width = config.image_size
-    expected = (config.latent_channels, config.latent_frames(frames), height // stride_h, width // stride_w)
+    expected = (config.latent_channels, config.latent_frames(frames), *config.latent_size)
     found = source.read(np.zeros(1, np.int64))
     if found["latents"].shape[1:] != expected or found["c2w"].shape[1] != frames:
         raise ValueError(

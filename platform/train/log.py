@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.observe.progress import Progress
 from longtake.platform.train.stages import Stage
 
@@ -58,17 +56,10 @@ class Log:
             record["tokens_per_second"] = round(speed * self.clip_tokens)
         if self.clip_seconds:
             record["mfu"] = round(speed * self.clip_seconds, 4)
-        record |= {"data_wait": round(waited / elapsed, 4), "memory_gib": round(_peak_memory() / 2**30, 2)}
+        record |= {"data_wait": round(waited / elapsed, 4), "memory_gib": round(peak_memory() / 2**30, 2)}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         self._step, self._time = step, now
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU, or of this process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

@@ -7,6 +7,7 @@ folder with the moving average; loss.png, sample.png and sample.mp4 what a perso
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longtake.model.flops import forward_flops, peak_flops
 from longtake.model.objectives import build_objective
 from longtake.platform.parallel.context import own_clip
 from longtake.platform.train import checkpoint, results
@@ -136,6 +136,8 @@ class Worker:
             rate = learning_rate(stage, self.step, progress)
             self._update(rate)
             if self.step % stage.log_every == 0 or self.step in (1, stage.steps):
+                if stage.zero_stage and (norm := self.engine.get_global_grad_norm()) is not None:
+                    self.metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
                 values = self._averaged({"loss": self.loss, **self.metrics})
                 if log:
                     log.write(self.step, values, rate, self.clock.now(), self.waited)
@@ -159,8 +161,6 @@ class Worker:
                 self.metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip)
             self.engine.step()
             self.loss += loss.detach() / self.accumulation
-        if self.stage.zero_stage and (norm := self.engine.get_global_grad_norm()) is not None:
-            self.metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
         if self.ema:
             self.ema.update()
         self.step += 1
@@ -169,9 +169,10 @@ class Worker:
         """Latent tokens of a clip over the workers, and the seconds that it takes them at their peak; 0 if unknown."""
         if self.stage.objective == "vae":
             return 0, 0
+        from longtake.model.flops import forward_flops, peak_flops  # brings along the world model
+
         config, frames = self.settings.config, self.settings.config.latent_frames(self.stage.frames)
-        _, rows, columns = config.vae_stride
-        tokens = frames * (config.image_size[0] // rows) * (config.image_size[1] // columns)
+        tokens = frames * math.prod(config.latent_size)
         peak = peak_flops(self.device)
         if self.stage.objective != "flow" or not peak:  # a refiner's step is of other networks
             return tokens / self.workers, 0

@@ -15,7 +15,7 @@ def survive(fit: Callable[[], object], checkpoints: Path, losses: int) -> None:
     losses: how many in a row to survive without a new checkpoint in between; then, and for an error of the training
     itself, which would only come again, the exception passes through.
     """
-    count, reached = 0, _step(checkpoints)
+    count, reached = 0, checkpoint.reached(checkpoints)
     while True:
         try:
             fit()
@@ -23,17 +23,12 @@ def survive(fit: Callable[[], object], checkpoints: Path, losses: int) -> None:
         except Exception as error:
             if not _workers_were_lost(error):
                 raise
-            before, reached = reached, _step(checkpoints)
+            before, reached = reached, checkpoint.reached(checkpoints)
             count = 1 if reached > before else count + 1
             if count > losses:
                 raise
             where = f"from step {reached}" if reached else "from the start"
             print(f"a worker was lost: going on {where} ({count} of {losses} losses in a row)", file=sys.stderr)
-
-
-def _step(checkpoints: Path) -> int:
-    newest = checkpoint.newest(checkpoints)
-    return checkpoint.step_of(newest) if newest else 0
 
 
 def _workers_were_lost(error: Exception) -> bool:

@@ -33,8 +33,8 @@ def run_stage(name: str, argv: list[str] | None = None, about: str | None = None
         print(json.dumps(dataclasses.asdict(settings), indent=2))
         return
     launch(settings, args.wandb, args.survive)
-    done = checkpoint.newest(settings.folder / "checkpoints")
-    print(f"step {checkpoint.step_of(done) if done else 0} of {settings.stage.steps}; results in {settings.folder}:")
+    step = checkpoint.reached(settings.folder / "checkpoints")
+    print(f"step {step} of {settings.stage.steps}; results in {settings.folder}:")
     for path in ("weights", "metrics.jsonl", "loss.png", "sample.png", "sample.mp4", "checkpoints"):
         if (settings.folder / path).exists():
             print(f"  {settings.folder / path}")
