@@ -84,6 +84,7 @@ def _model_and_clip(
     config: WorldModelConfig, frames: int, device: str | torch.device
 ) -> tuple[WorldModel, dict[str, Any]]:
     """The same on every process: drawn on the CPU from one seed."""
+    torch.backends.cudnn.allow_tf32 = False  # unlike matrix products, convolutions would round to it
     torch.manual_seed(0)
     model = WorldModel(config)
     for parameter in model.parameters():  # what starts at zero would hide its neighbours
