@@ -13,6 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; p
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is loaded, whose own functions ask as well
+
 from PIL import Image  # noqa: E402
 
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig  # noqa: E402

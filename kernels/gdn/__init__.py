@@ -1,1 +1,56 @@
-"""Frame-wise Gated DeltaNet: linear attention whose state moves once a frame."""
+"""Frame-wise Gated DeltaNet: linear attention whose state moves once a frame.
+
+The operator in its three steps, each computed by Triton where `launch.fused` says so, else by its definition in
+`reference`, which documents shapes. Under Triton, queries, keys and values keep their dtype and are multiplied in it;
+states are float32 always.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longtake.kernels.gdn import reference
+from longtake.kernels.launch import fused
+
+
+def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Each frame as a map of the state, see `reference.frame_maps`."""
+    if fused(k, v, beta, decay):
+        from longtake.kernels.gdn.triton_maps import FrameMaps
+
+        return FrameMaps.apply(k, v, beta, decay)
+    return reference.frame_maps(k, v, beta, decay)
+
+
+def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
+    """The state after every frame, see `reference.scan_states`."""
+    if fused(transition, increment):
+        from longtake.kernels.gdn.triton_scan import ScanStates
+
+        return ScanStates.apply(transition, increment, increment[:, 0] * 0 if state is None else state)[0]
+    return reference.scan_states(transition, increment, state)
+
+
+def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
+    """What every frame reads after a scan in both directions, see `reference.bidirectional_states`."""
+    if fused(transition, increment):
+        from longtake.kernels.gdn.triton_scan import BidirectionalStates
+
+        return BidirectionalStates.apply(transition, increment)
+    return reference.bidirectional_states(transition, increment)
+
+
+def run_maps(transition: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames 0 ... t as one map, see `reference.run_maps`."""
+    return reference.run_maps(transition, increment, scan_states)
+
+
+def read(
+    q: Tensor, states: Tensor, plain: Tensor | None = None, mass: Tensor | None = None, eps: float = 1e-8
+) -> Tensor:
+    """The queries' outputs, see `reference.read`; under Triton in the queries' dtype."""
+    if fused(q, states):
+        from longtake.kernels.gdn.triton_read import ReadStates
+
+        return ReadStates.apply(q, states, plain, mass, eps)
+    return reference.read(q, states, plain, mass, eps)

@@ -12,6 +12,7 @@ so a run of frames is an affine map M -> M A + U of the state, and two such maps
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,18 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
     return torch.stack(states).view(frames, b, h, rows, d).transpose(0, 1)
 
 
-def run_maps(transition: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+def run_maps(
+    transition: Tensor, increment: Tensor, scan: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Frames 0 ... t as one map, for every t: transition (B, T, H, D, D) and increment (B, T, H, V, D).
 
-    One scan: the increments start from zeros, the transitions, as further rows of the state, from the identity.
+    One scan, `scan_states` unless another is given: the increments start from zeros, the transitions, as further rows
+    of the state, from the identity.
     """
     rows, d = increment.shape[-2:]
     start = torch.eye(rows + d, device=increment.device)[:, rows:].expand(len(increment), increment.shape[2], -1, d)
-    increment, transition = scan_states(transition, F.pad(increment, (0, 0, 0, d)), start).split([rows, d], dim=-2)
+    states = (scan or scan_states)(transition, F.pad(increment, (0, 0, 0, d)), start)
+    increment, transition = states.split([rows, d], dim=-2)
     return transition, increment
 
 
@@ -117,3 +122,15 @@ def read_states(q: Tensor, states: Tensor) -> Tensor:
     """out_t = Q_t M_t^T: (B, T, S, H, V) from q (B, T, S, H, D) and states (B, T, H, V, D)."""
     out = q.float().permute(0, 1, 3, 2, 4) @ states.transpose(-1, -2)
     return out.permute(0, 1, 3, 2, 4)
+
+
+def read(
+    q: Tensor, states: Tensor, plain: Tensor | None = None, mass: Tensor | None = None, eps: float = 1e-8
+) -> Tensor:
+    """`read_states` over the normaliser, which queries `plain` (B, T, S, H, D) read from `mass` (B, T, H, D); without
+    one the numerator alone. float32.
+    """
+    num = read_states(q, states)
+    if plain is None or mass is None:
+        return num
+    return num / (torch.einsum("btshd,bthd->btsh", plain.float(), mass)[..., None] + eps)

@@ -1,1 +1,33 @@
-"""UCPE: attention features expressed in the coordinates of each token's camera ray."""
+"""Attention features: normalised, rotated by position, expressed in the coordinates of each token's camera ray."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longtake.kernels.launch import fused
+from longtake.kernels.ucpe import reference
+
+
+def encode(
+    x: Tensor,
+    rope: Tensor,
+    weight: Tensor | None = None,
+    matrix: Tensor | None = None,
+    relu: bool = False,
+    scale: float = 1.0,
+    downscale: bool = False,
+    inverse_rope: bool = False,
+    plain: bool = False,
+    inflation: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(encoded, plain, inflation) of projected features, see `reference.encode`; the latter two where they are wanted.
+
+    Triton computes it where `launch.fused` says so, its outputs in x's dtype.
+    """
+    if fused(x):
+        from longtake.kernels.ucpe.triton_encode import Encode
+
+        options = (relu, scale, downscale, inverse_rope, reference.EPS)
+        return Encode.apply(x, weight, matrix, rope, options, (plain, inflation))
+    before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
+    return encoded, before if plain else None, reference.inflation(before, encoded) if inflation else None

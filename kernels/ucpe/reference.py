@@ -8,7 +8,10 @@ rotated by position (RoPE).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+EPS = 1e-5  # of the root mean square over all heads
 
 
 def rotate(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
@@ -34,3 +37,33 @@ def downscale_to_rms(reference: Tensor, x: Tensor, eps: float = 1e-6) -> Tensor:
     target = (reference.square().mean(-1, keepdim=True) + eps).sqrt()
     found = (x.square().mean(-1, keepdim=True) + eps).sqrt()
     return x * (target / found).clamp(max=1)
+
+
+def encode(
+    x: Tensor,
+    rope: Tensor,
+    weight: Tensor | None = None,
+    matrix: Tensor | None = None,
+    relu: bool = False,
+    scale: float = 1.0,
+    downscale: bool = False,
+    inverse_rope: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """From projected features x (B, N, H, D) to what attention compares: (plain, encoded), float32.
+
+    plain: x over its root mean square (of all heads) times `weight` (H D), where one is given; then ReLU, if asked for;
+    then times `scale`. encoded: plain rotated by position, or, with the rays' `matrix` (B, N, 4, 4), under UCPE;
+    `downscale` as `downscale_to_rms`.
+    """
+    plain = x.float()
+    if weight is not None:
+        plain = F.rms_norm(plain.flatten(2), (weight.numel(),), weight.float(), EPS).view(x.shape)
+    plain = (plain.relu() if relu else plain) * scale
+    encoded = rotate(plain, rope, inverse_rope) if matrix is None else ucpe(plain, matrix, rope, inverse_rope)
+    return plain, downscale_to_rms(plain, encoded) if downscale else encoded
+
+
+def inflation(plain: Tensor, encoded: Tensor) -> Tensor:
+    """Squared growth of each feature's norm under UCPE: (B, N, H)."""
+    before, after = (tensor.norm(dim=-1).clamp(min=1e-6) for tensor in (plain, encoded))
+    return (after / before).square()

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn.reference import frame_maps, read_states
-from longtake.kernels.short_conv.reference import short_conv
-from longtake.kernels.ucpe.reference import downscale_to_rms, rotate, ucpe
+from longtake.kernels.gdn import frame_maps, read
+from longtake.kernels.short_conv import short_conv
+from longtake.kernels.ucpe import encode
 from longtake.model.config import SoftmaxScale, WorldModelConfig
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 
@@ -64,6 +64,8 @@ class DualBranchAttention(nn.Module):
         self.beta_proj, self.gate_proj = nn.Linear(size, heads), nn.Linear(size, heads)
         self.A_log, self.dt_bias = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
         self.register_buffer("recall_gate", torch.zeros(1))
+        self.conv_k: ShortConv | None = None  # GDN's, over time
+        self.conv_k_cam: ShortConv | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -81,47 +83,43 @@ class DualBranchAttention(nn.Module):
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        main = self._heads(*self._features(q, k, v, at, camera=False))
+        main = self._heads(self.qkv(x).chunk(3, dim=-1), at, self.conv_k)
         camera = None
         if at.ray_from_world is not None:
-            q, k, v = self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)
-            camera = self._heads(*self._features(q, k, v, at, camera=True))
+            projected = self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)
+            camera = self._heads(projected, at, self.conv_k_cam)
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
         out = mixed.to(x.dtype).flatten(2)
         if mixed_camera is not None:
-            mixed_camera = ucpe(mixed_camera, at.ray_from_world, at.camera_rope, inverse_rope=True)  # type: ignore[arg-type]
+            mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
             out = out + self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2))
         return self.proj((out * F.silu(self.output_gate(x).float())).to(x.dtype))
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
-        """Attention of both branches: (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in ray
-        coordinates.
+        """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
+        ray coordinates.
         """
         raise NotImplementedError
 
-    def _features(self, q: Tensor, k: Tensor, v: Tensor, at: Positions, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys of one branch."""
-        if camera:
-            return self.q_norm_cam(q), self.k_norm_cam(k), v
-        return self.q_norm(q), self.k_norm(k), v
+    def _heads(self, branch: tuple, at: Positions, conv: ShortConv | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = branch
+        k = k if conv is None else conv(k, at)
+        return tuple(tensor.unflatten(-1, (self.heads, -1)) for tensor in (q, k, v))  # type: ignore[return-value]
 
-    def _heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.unflatten(-1, (self.heads, -1)) for tensor in tensors)
-
-    def to_rays(self, camera: tuple, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values in the coordinates of their rays, float32 (B, N, H, D)."""
+    def to_rays(
+        self, camera: tuple, at: Positions, relu: bool = False, scale: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values in the coordinates of their rays, (B, N, H, D), and the keys' inflation (B, N, H):
+        squared growth of their norms under UCPE.
+        """
         assert at.ray_from_world is not None and at.world_from_ray is not None
-        q, k, v = (tensor.float() for tensor in camera)
-        encoded = (
-            ucpe(q, at.ray_from_world.transpose(-1, -2), at.camera_rope),
-            ucpe(k, at.world_from_ray, at.camera_rope),
-            ucpe(v, at.world_from_ray, at.camera_rope),
-        )
-        if not self.ucpe_downscale:
-            return encoded
-        return tuple(downscale_to_rms(plain, ray) for plain, ray in zip((q, k, v), encoded, strict=True))  # type: ignore[return-value]
+        (q, k, v), queries, keys = camera, self.q_norm_cam.weight, self.k_norm_cam.weight
+        there, back, rope, down = at.ray_from_world, at.world_from_ray, at.camera_rope, self.ucpe_downscale
+        q, *_ = encode(q, rope, queries, there.transpose(-1, -2), relu, downscale=down)
+        k, _, inflation = encode(k, rope, keys, back, relu, scale, down, inflation=True)
+        v, *_ = encode(v, rope, matrix=back, downscale=down)
+        return q, k, v, inflation  # type: ignore[return-value]
 
 
 class GDNAttention(DualBranchAttention):
@@ -132,11 +130,6 @@ class GDNAttention(DualBranchAttention):
         self.contractive = config.contractive_gdn
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
-
-    def _features(self, q: Tensor, k: Tensor, v: Tensor, at: Positions, camera: bool) -> tuple[Tensor, Tensor, Tensor]:
-        k = (self.conv_k_cam if camera else self.conv_k)(k, at)
-        q, k, v = super()._features(q, k, v, at, camera)
-        return q.relu(), k.relu(), v
 
     def gates(self, x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """beta (B, T, S, H) a token, decay (B, T, H) a frame, float32."""
@@ -151,43 +144,35 @@ class GDNAttention(DualBranchAttention):
         return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
-        frames = at.frames
-        beta, decay = self.gates(x, frames)
-        by_frame = lambda tensor: tensor.unflatten(1, (frames, -1))  # noqa: E731
-        q, k, v = (tensor.float() for tensor in main)
-        scale = (q.shape[-1] * (q.shape[1] // frames)) ** -0.5
-        k = k * scale
-        q_rotated, k_rotated = rotate(q, at.rope), rotate(k, at.rope)
+        q, k, v = main
+        beta, decay = self.gates(x, at.frames)
+        by_frame = lambda tensor: tensor.unflatten(1, (at.frames, -1))  # noqa: E731
+        scale = (q.shape[-1] * (q.shape[1] // at.frames)) ** -0.5
+        q_rotated, q, _ = encode(q, at.rope, self.q_norm.weight, relu=True, plain=True)
+        k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
+        assert q is not None and k is not None
         beta_main = self._bounded(beta, by_frame(k))
         maps = [frame_maps(by_frame(k_rotated), by_frame(v), beta_main, decay)]
+        q_cam = None
         if camera is not None:
-            q_cam, k_cam, v_cam = camera
-            k_plain = k_cam.float() * scale
-            q_cam, k_ray, v_cam = self.to_rays((q_cam, k_plain, v_cam), at)
-            discount = by_frame(self._inflation(k_plain, k_ray)).mean(2, keepdim=True).clamp(min=1)
-            beta_camera = self._bounded(beta / discount, by_frame(k_ray))
-            maps.append(frame_maps(by_frame(k_ray), by_frame(v_cam), beta_camera, decay))
+            q_cam, k_cam, v_cam, inflation = self.to_rays(camera, at, relu=True, scale=scale)
+            discount = by_frame(inflation).mean(2, keepdim=True).clamp(min=1)
+            beta_camera = self._bounded(beta / discount, by_frame(k_cam))
+            maps.append(frame_maps(by_frame(k_cam), by_frame(v_cam), beta_camera, decay))
         transitions, increments = (torch.cat(parts) for parts in zip(*maps, strict=True))
         states = at.time.states(transitions, increments).chunk(len(maps))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
-        ones = torch.ones_like(by_frame(k)[..., :1])
-        mass = at.time.states(*frame_maps(by_frame(k), ones, beta_main, decay))
-        out = read_states(by_frame(q_rotated), states[0]) / (read_states(by_frame(q), mass) + 1e-8)
-        if camera is None:
+        mass = at.time.states(*frame_maps(by_frame(k), torch.ones_like(by_frame(k)[..., :1]), beta_main, decay))
+        out = read(by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2))
+        if q_cam is None:
             return out.flatten(1, 2), None
-        return out.flatten(1, 2), read_states(by_frame(q_cam), states[1]).flatten(1, 2)
+        return out.flatten(1, 2), read(by_frame(q_cam), states[1]).flatten(1, 2)
 
     def _bounded(self, beta: Tensor, k: Tensor) -> Tensor:
         """beta (B, T, S, H) such that I - K^T diag(beta) K of keys (B, T, S, H, D) has no eigenvalue outside [0, 1]."""
         if not self.contractive:
             return beta
         return beta / (beta * k.square().sum(-1)).sum(2, keepdim=True).clamp(min=1)
-
-    @staticmethod
-    def _inflation(plain: Tensor, encoded: Tensor) -> Tensor:
-        """Squared growth of each key's norm under UCPE, (B, N, H): beta is divided by it where it exceeds 1."""
-        before, after = (tensor.norm(dim=-1).clamp(min=1e-6) for tensor in (plain, encoded))
-        return (after / before).square()
 
 
 class SoftmaxAttention(DualBranchAttention):
@@ -203,10 +188,13 @@ class SoftmaxAttention(DualBranchAttention):
         q, k, v = main
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
         dtype = self.compute_dtype if v.dtype == torch.float32 else v.dtype
-        out = at.time.attend(rotate(q, at.rope), rotate(k, at.rope), v, self.scale_main, dtype)
+        q, *_ = encode(q, at.rope, self.q_norm.weight)
+        k, *_ = encode(k, at.rope, self.k_norm.weight)
+        out = at.time.attend(q, k, v, self.scale_main, dtype)
         if camera is None:
             return out, None
-        return out, at.time.attend(*self.to_rays(camera, at), self.scale_camera, dtype).float()
+        q, k, v, _ = self.to_rays(camera, at)
+        return out, at.time.attend(q, k, v, self.scale_camera, dtype).float()
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.kernels.gdn.reference import bidirectional_states
+from longtake.kernels.gdn import bidirectional_states
 
 
 class TimeAxis:

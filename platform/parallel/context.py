@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longtake.kernels.gdn.reference import run_maps
+from longtake.kernels.gdn import run_maps
 from longtake.model.dit.time_axis import TimeAxis
 
 

@@ -1,0 +1,111 @@
+"""`frame_maps` in Triton: one program reduces a frame's tokens, of one head, to the frame's two matrices.
+
+A is D x D and U is V x D, both in registers; tokens pass by in tiles. Backwards, with P = K^T diag(b) K, each tile
+needs three products: with dP + dP^T, dU and dU^T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile
+
+
+@triton.jit
+def _forward(
+    k_ptr, v_ptr, beta_ptr, decay_ptr, transition_ptr, increment_ptr,
+    k_token, v_token, tokens, heads, k_head: tl.constexpr, v_head: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    erased = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    written = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    for start in range(0, tokens, BLOCK_S):
+        inside = start + s < tokens
+        token = (frame * tokens + start + s)[:, None]
+        k = tl.load(k_ptr + token * k_token + head * k_head + d[None, :], inside[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(v_ptr + token * v_token + head * v_head + c[None, :], inside[:, None] & (c < V)[None, :], 0.0)
+        beta = tl.load(beta_ptr + token * heads + head, inside[:, None], 0.0)
+        weighted = (k.to(tl.float32) * beta).to(k.dtype)
+        erased = tl.dot(tl.trans(k), weighted, erased, input_precision=PRECISION)
+        written = tl.dot(tl.trans(v), weighted, written, input_precision=PRECISION)
+    at = frame * heads + head
+    decay = tl.load(decay_ptr + at)
+    identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(transition_ptr + at * D * D + d[:, None] * D + d[None, :], decay * (identity - erased), square)
+    tl.store(increment_ptr + at * V * D + c[:, None] * D + d[None, :], written, (c < V)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _backward(
+    k_ptr, v_ptr, beta_ptr, decay_ptr, d_transition_ptr, d_increment_ptr, dk_ptr, dv_ptr, dbeta_ptr,
+    k_token, v_token, tokens, heads, k_head: tl.constexpr, v_head: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    kind = k_ptr.dtype.element_ty
+    at = frame * heads + head
+    square = (d < D)[:, None] & (d < D)[None, :]
+    grad = tl.load(d_transition_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
+    flipped = tl.load(d_transition_ptr + at * D * D + d[None, :] * D + d[:, None], square, 0.0)
+    both = (-tl.load(decay_ptr + at) * (grad + flipped)).to(kind)
+    d_increment = tl.load(
+        d_increment_ptr + at * V * D + c[:, None] * D + d[None, :], (c < V)[:, None] & (d < D)[None, :], 0.0
+    ).to(kind)
+    for start in range(0, tokens, BLOCK_S):
+        inside = start + s < tokens
+        token = (frame * tokens + start + s)[:, None]
+        in_k, in_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (c < V)[None, :]
+        k = tl.load(k_ptr + token * k_token + head * k_head + d[None, :], in_k, 0.0)
+        v = tl.load(v_ptr + token * v_token + head * v_head + c[None, :], in_v, 0.0)
+        beta = tl.load(beta_ptr + token * heads + head, inside[:, None], 0.0)
+        through = tl.dot(k, both, input_precision=PRECISION)
+        from_v = tl.dot(k, tl.trans(d_increment), input_precision=PRECISION)
+        from_k = tl.dot(v, d_increment, input_precision=PRECISION)
+        dbeta = tl.sum(0.5 * through * k.to(tl.float32), 1) + tl.sum(from_v * v.to(tl.float32), 1)
+        tl.store(dk_ptr + (token * heads + head) * D + d[None, :], (beta * (through + from_k)).to(kind), in_k)
+        tl.store(dv_ptr + (token * heads + head) * V + c[None, :], (beta * from_v).to(kind), in_v)
+        tl.store(dbeta_ptr + token * heads + head, dbeta[:, None], inside[:, None])
+
+
+class FrameMaps(torch.autograd.Function):
+    """k (B, T, S, H, D), v (B, T, S, H, V) of one dtype; beta (B, T, S, H), decay (B, T, H) and the maps float32."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        (b, t, _, h, d), rows = k.shape, v.shape[-1]
+        k, v, beta, decay = contiguous_tokens(k), contiguous_tokens(v), beta.float().contiguous(), decay.contiguous()
+        transition = torch.empty(b, t, h, d, d, device=k.device)
+        increment = torch.empty(b, t, h, rows, d, device=k.device)
+        _forward[b * t, h](k, v, beta, decay, transition, increment, *_layout(k, v))
+        ctx.save_for_backward(k, v, beta, decay, transition)
+        return transition, increment
+
+    @staticmethod
+    def backward(ctx: Any, d_transition: Tensor, d_increment: Tensor) -> Any:  # type: ignore[override]
+        k, v, beta, decay, transition = ctx.saved_tensors
+        b, t, _, h, _ = k.shape
+        dk, dv = torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape)
+        dbeta = torch.empty_like(beta)
+        d_transition, d_increment = d_transition.contiguous(), d_increment.contiguous()
+        _backward[b * t, h](k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v))
+        # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
+        ddecay = (d_transition * transition).sum((-1, -2)) / decay.clamp(min=1e-30)
+        return dk, dv, dbeta, ddecay
+
+
+def _layout(k: Tensor, v: Tensor) -> tuple:
+    """The last arguments of both kernels."""
+    (_, _, tokens, heads, d), rows = k.shape, v.shape[-1]
+    block_d, block_v = padded(d), padded(rows)
+    block_s = tile(tokens, block_d + block_v, k.element_size())
+    strides = k.stride(2), v.stride(2), tokens, heads, k.stride(3), v.stride(3)
+    return *strides, d, rows, block_d, block_v, block_s, precision_of(k)

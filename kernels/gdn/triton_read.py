@@ -1,0 +1,120 @@
+"""Reading the states in Triton: num = Q M^T over den = q z, a tile of a frame's tokens at a time.
+
+The normaliser's queries q are the numerator's Q before rotation. Without a normaliser (z is None) the numerator is the
+result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile
+
+
+@triton.jit
+def _forward(
+    q_ptr, state_ptr, plain_ptr, mass_ptr, out_ptr, q_token, plain_token, tokens, heads, q_head: tl.constexpr,
+    plain_head: tl.constexpr, eps: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    frame, head = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    token, inside = (frame * tokens + s)[:, None], (s < tokens)[:, None]
+    at = frame * heads + head
+    q = tl.load(q_ptr + token * q_token + head * q_head + d[None, :], inside & (d < D)[None, :], 0.0)
+    state = tl.load(state_ptr + at * V * D + c[None, :] * D + d[:, None], (c < V)[None, :] & (d < D)[:, None], 0.0)
+    out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+    if NORMALISED:
+        from_plain = plain_ptr + token * plain_token + head * plain_head + d[None, :]
+        plain = tl.load(from_plain, inside & (d < D)[None, :], 0.0)
+        mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
+        out /= tl.sum(plain.to(tl.float32) * mass[None, :], 1)[:, None] + eps
+    to = out_ptr + (token * heads + head) * V + c[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), inside & (c < V)[None, :])
+
+
+@triton.jit
+def _backward(
+    q_ptr, state_ptr, plain_ptr, mass_ptr, grad_ptr, dq_ptr, dstate_ptr, dplain_ptr, dmass_ptr, q_token, plain_token,
+    tokens, heads, q_head: tl.constexpr, plain_head: tl.constexpr, eps: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, NORMALISED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    kind = q_ptr.dtype.element_ty
+    at = frame * heads + head
+    in_state = (c < V)[:, None] & (d < D)[None, :]
+    state = tl.load(state_ptr + at * V * D + c[:, None] * D + d[None, :], in_state, 0.0).to(kind)
+    dstate = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    dmass = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, tokens, BLOCK_S):
+        inside = (start + s < tokens)[:, None]
+        token = (frame * tokens + start + s)[:, None]
+        in_d, in_v = inside & (d < D)[None, :], inside & (c < V)[None, :]
+        q = tl.load(q_ptr + token * q_token + head * q_head + d[None, :], in_d, 0.0)
+        grad = tl.load(grad_ptr + (token * heads + head) * V + c[None, :], in_v, 0.0).to(tl.float32)
+        if NORMALISED:
+            plain = tl.load(plain_ptr + token * plain_token + head * plain_head + d[None, :], in_d, 0.0).to(tl.float32)
+            mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
+            den = tl.sum(plain * mass[None, :], 1)[:, None] + eps
+            grad /= den  # of num
+            num = tl.dot(q, tl.trans(state), input_precision=PRECISION)
+            dden = -tl.sum(grad * num, 1)[:, None] / den
+            tl.store(dplain_ptr + (token * heads + head) * D + d[None, :], (dden * mass[None, :]).to(kind), in_d)
+            dmass += tl.sum(dden * plain, 0)
+        dq = tl.dot(grad.to(kind), state, input_precision=PRECISION)
+        tl.store(dq_ptr + (token * heads + head) * D + d[None, :], dq.to(kind), in_d)
+        dstate = tl.dot(tl.trans(grad.to(kind)), q, dstate, input_precision=PRECISION)
+    tl.store(dstate_ptr + at * V * D + c[:, None] * D + d[None, :], dstate, in_state)
+    if NORMALISED:
+        tl.store(dmass_ptr + at * D + d, dmass, d < D)
+
+
+class ReadStates(torch.autograd.Function):
+    """q, plain (B, T, S, H, D) of one dtype; states (B, T, H, V, D) and mass (B, T, H, D) float32; plain and mass None
+    without a normaliser. out (B, T, S, H, V) in q's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, states: Tensor, plain: Tensor | None, mass: Tensor | None, eps: float) -> Tensor:
+        q, states = contiguous_tokens(q), states.contiguous()
+        plain = None if plain is None else contiguous_tokens(plain)
+        mass = None if mass is None else mass.contiguous()
+        b, t, s, h, _ = q.shape
+        out = q.new_empty(b, t, s, h, states.shape[-2])
+        layout = _layout(q, plain, states, eps)
+        grid = triton.cdiv(s, layout[-3]), b * t, h
+        _forward[grid](q, states, plain, mass, out, *layout)
+        ctx.save_for_backward(q, states, plain, mass)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        q, states, plain, mass = ctx.saved_tensors
+        b, t, _, h, _ = q.shape
+        dq, dstates = q.new_empty(q.shape), torch.empty_like(states)
+        dplain = None if plain is None else plain.new_empty(plain.shape)
+        dmass = None if mass is None else torch.empty_like(mass)
+        _backward[b * t, h](
+            q, states, plain, mass, grad.contiguous(), dq, dstates, dplain, dmass,
+            *_layout(q, plain, states, ctx.eps),
+        )  # fmt: skip
+        return dq, dstates, dplain, dmass, None
+
+
+def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float) -> tuple:
+    """The last arguments of both kernels."""
+    (_, _, tokens, heads, d), rows = q.shape, states.shape[-2]
+    other = q if plain is None else plain
+    block_d, block_v = padded(d), padded(rows)
+    block_s = tile(tokens, block_d + block_v, q.element_size())
+    strides = q.stride(2), other.stride(2), tokens, heads, q.stride(3), other.stride(3)
+    return *strides, eps, d, rows, block_d, block_v, block_s, plain is not None, precision_of(q)

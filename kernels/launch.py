@@ -1,0 +1,41 @@
+"""What every Triton kernel here needs to be launched: sizes of tiles, precision of products, and whether to use it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+SWITCH = "LONGTAKE_KERNELS"
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether these go through Triton: on a GPU, with LONGTAKE_KERNELS=triton. Otherwise the definitions run."""
+    return os.environ.get(SWITCH) == "triton" and all(tensor.is_cuda for tensor in tensors)
+
+
+def padded(size: int) -> int:
+    """The next power of 2, at least 16: what a tile of a tensor-core product has to measure."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def tile(tokens: int, width: int, element_size: int) -> int:
+    """Tokens a tile of `width` channels, so that two tiles and their successors stay within 48 KB."""
+    most = 48 * 1024 // (2 * width * element_size)
+    return max(16, min(64, padded(tokens), 1 << (most.bit_length() - 1)))
+
+
+def precision_of(x: Tensor) -> str:
+    """How float32 products are computed, as torch's own are asked to be."""
+    return "tf32" if x.is_cuda and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def contiguous_tokens(x: Tensor) -> Tensor:
+    """x (B, T, S, H, D) such that a token is `x.stride(2)` after the last one, over all frames and clips; no copy for a
+    part of a wider projection.
+    """
+    b, t, s, _, _ = x.shape
+    token = x.stride(2)
+    regular = x.stride(4) == 1 and (t == 1 or x.stride(1) == s * token) and (b == 1 or x.stride(0) == t * s * token)
+    return x if regular else x.contiguous()

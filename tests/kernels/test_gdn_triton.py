@@ -1,0 +1,89 @@
+"""Triton's GDN against its definition: values and every gradient, at odd sizes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.kernels.gdn import reference
+from longtake.kernels.gdn.triton_maps import FrameMaps
+from longtake.kernels.gdn.triton_read import ReadStates
+from longtake.kernels.gdn.triton_scan import BidirectionalStates, ScanStates
+
+pytestmark = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.cpu
+
+# batch, frames, tokens, heads, key channels, value channels
+SIZES = [(2, 5, 3, 2, 8, 6), (1, 3, 37, 2, 24, 40), (1, 4, 70, 1, 112, 112), (1, 1, 1, 3, 32, 1)]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
+
+
+def tensors(sizes, dtype, device, seed=0):
+    """q, k, v, beta, decay; k as the model scales it, and k and v parts of one wider tensor, as from a projection."""
+    b, t, s, h, d, v = sizes
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(b, t, s, h * (d + v), generator=generator).to(device, dtype)
+    k = (wide[..., : h * d].relu() / (d * s) ** 0.5).unflatten(-1, (h, d))
+    value = wide[..., h * d :].unflatten(-1, (h, v))
+    q = torch.randn(b, t, s, h, d, generator=generator).to(device, dtype).relu()
+    beta, decay = (torch.rand(shape, generator=generator).to(device) for shape in ((b, t, s, h), (b, t, h)))
+    return [tensor.detach().requires_grad_() for tensor in (q, k, value, beta, decay)]
+
+
+def same(found, true, inputs, tolerance):
+    """Outputs and gradients of the inputs, each to a relative error of its norm."""
+    found, true = (out if isinstance(out, tuple) else (out,) for out in (found, true))
+    for ours, theirs in zip(found, true, strict=True):
+        assert error(ours, theirs) < tolerance
+    gradients = (torch.autograd.grad([weighted(out) for out in outs], inputs) for outs in (found, true))
+    for number, (ours, theirs) in enumerate(zip(*gradients, strict=True)):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert error(ours, theirs) < tolerance, f"gradient {number}"
+
+
+def weighted(out: Tensor) -> Tensor:
+    return (out.float() * torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device)).sum()
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    found, true = found.detach().double(), true.detach().double()
+    return float((found - true).norm() / true.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maps(device, sizes, dtype):
+    _, *inputs = tensors(sizes, dtype, device)
+    found = FrameMaps.apply(*inputs)
+    same(found, reference.frame_maps(*inputs), inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_the_scan_from_a_state_to_a_state(device, sizes):
+    _, *inputs = tensors(sizes, torch.float32, device)
+    b, _, _, h, d, v = sizes
+    state = torch.randn(b, h, v, d, device=device, requires_grad=True)
+    transition, increment = (x.detach().requires_grad_() for x in reference.frame_maps(*inputs))
+    states = reference.scan_states(transition, increment, state)
+    found = ScanStates.apply(transition, increment, state)
+    same(found, (states, states[:, -1]), [transition, increment, state], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_both_directions(device, sizes):
+    _, *inputs = tensors(sizes, torch.float32, device)
+    maps = [x.detach().requires_grad_() for x in reference.frame_maps(*inputs)]
+    found = BidirectionalStates.apply(*maps)
+    same(found, reference.bidirectional_states(*maps), maps, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reading(device, sizes, dtype, normalised):
+    b, t, _, h, d, v = sizes
+    inputs = [tensors(sizes, dtype, device)[0], torch.randn(b, t, h, v, d, device=device, requires_grad=True)]
+    if normalised:
+        inputs += [tensors(sizes, dtype, device, seed=1)[0], torch.rand(b, t, h, d, device=device, requires_grad=True)]
+    q, states, plain, mass = [*inputs, None, None][:4]
+    found = ReadStates.apply(q, states, plain, mass, 1e-2)
+    same(found, reference.read(q, states, plain, mass, 1e-2), inputs, TOLERANCE[dtype])
