@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-SWITCH = "LONGTAKE_KERNELS"
+_use_triton = os.environ.get("LONGTAKE_KERNELS") == "triton"
 
 
 def fused(*tensors: Tensor) -> bool:
     """Whether these go through Triton: on a GPU, with LONGTAKE_KERNELS=triton. Otherwise the definitions run."""
-    return os.environ.get(SWITCH) == "triton" and all(tensor.is_cuda for tensor in tensors)
+    return _use_triton and all(tensor.is_cuda for tensor in tensors)
+
+
+@contextlib.contextmanager
+def kernels(triton: bool) -> Iterator[None]:
+    """While this lasts, use Triton on GPUs, or the definitions everywhere."""
+    global _use_triton
+    before, _use_triton = _use_triton, triton
+    try:
+        yield
+    finally:
+        _use_triton = before
 
 
 def padded(size: int) -> int:
