@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.kernels.glu_conv import glu_conv
 from longtake.model.dit.time_axis import TimeAxis
-
-_MAX_ELEMENTS = 1 << 30  # convolutions index with 32 bits
 
 
 class _Conv(nn.Module):
@@ -38,18 +36,15 @@ class GLUMBConvTemp(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int, int], time: TimeAxis) -> Tensor:
         """x (B, N, C) of a (T, height, width) grid."""
         frames, height, width = grid
-        batch, _, size = x.shape
-        images = x.reshape(batch * frames, height, width, size).permute(0, 3, 1, 2)
-        rows = max(1, _MAX_ELEMENTS // (self.inverted_conv.conv.out_channels * height * width))
-        y = (
-            torch.cat([self._spatial(part) for part in images.split(rows)])
-            if len(images) > rows
-            else self._spatial(images)
-        )
-        y = y.view(batch, frames, size, height * width).transpose(1, 2)
-        y = y + time.around(y, self.t_conv.kernel_size[0] // 2, self.t_conv, dim=2)
-        return y.permute(0, 2, 3, 1).reshape(x.shape)
+        expand, depthwise = self.inverted_conv.conv, self.depth_conv.conv
+        # 1 x 1 convolutions are matrix products, and many times faster as such.
+        y = F.linear(x, expand.weight.flatten(1), expand.bias).view(-1, height, width, expand.out_channels)
+        assert depthwise.bias is not None
+        y = F.linear(glu_conv(y, depthwise.weight, depthwise.bias), self.point_conv.conv.weight.flatten(1))
+        y = y.view(len(x), frames, height * width, -1)
+        y = y + time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time)
+        return y.flatten(1, 2)
 
-    def _spatial(self, images: Tensor) -> Tensor:
-        value, gate = self.depth_conv(F.silu(self.inverted_conv(images))).chunk(2, dim=1)
-        return self.point_conv(value * F.silu(gate)).contiguous()
+    def _over_time(self, y: Tensor) -> Tensor:
+        """(B, T, S, C), without a copy of it."""
+        return self.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
