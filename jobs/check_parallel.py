@@ -16,6 +16,7 @@ from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
 from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
+from longtake.platform.parallel.context import AttentionExchange
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     config = presets.get(args.preset)
     if args.depth:
         config = dataclasses.replace(config, depth=args.depth)
-    layouts = [_layout(text) for text in args.layouts]
+    layouts = [_layout(text, attention) for text in args.layouts for attention in args.attention]
     if args.device == "cuda" and (needed := max(layout.ranks for layout in layouts)) > torch.cuda.device_count():
         raise ValueError(f"{needed} ranks need a GPU each, this machine has {torch.cuda.device_count()}")
     if args.dry_run:
@@ -43,12 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"figures: {measurements.write(f'context_parallel_{args.device}', figures)}")
 
 
-def _layout(text: str) -> Layout:
+def _layout(text: str, attention: AttentionExchange) -> Layout:
     """RANKSxFRAMES. ValueError when it is none, or a rank would hold no frame."""
     numbers = text.split("x")
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--layouts {text}: write RANKSxFRAMES, such as 2x7")
-    layout = Layout(*map(int, numbers))
+    layout = Layout(int(numbers[0]), int(numbers[1]), attention)
     if not 1 <= layout.ranks <= layout.frames:
         raise ValueError(f"--layouts {text}: a rank needs a frame, so at least 1 and at most {layout.frames} ranks")
     return layout
@@ -65,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["2x7", "3x5", "4x5", "2x121"],
         metavar="RANKSxFRAMES",
         help="processes and latent frames (default: 2x7 3x5 4x5 2x121)",
+    )
+    add(
+        "--attention",
+        nargs="+",
+        choices=["heads", "ring"],
+        default=["heads", "ring"],
+        help="how processes share softmax attention (default: heads ring)",
     )
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")

@@ -15,21 +15,22 @@ from torch import Tensor
 from longtake.model.camera import CameraFeatures, camera_features, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
-from longtake.platform.parallel.context import ContextParallel
+from longtake.platform.parallel.context import AttentionExchange, ContextParallel
 
 LIMIT = 1e-5  # of relative errors in float32
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`frames` latent frames on `ranks` processes; they need not divide evenly."""
+    """`frames` latent frames on `ranks` processes, which need not divide evenly; `attention` as `ContextParallel`."""
 
     ranks: int
     frames: int
+    attention: AttentionExchange = "heads"
 
     @property
     def name(self) -> str:
-        return f"cp{self.ranks}_frames{self.frames}"
+        return f"cp{self.ranks}_frames{self.frames}" + ("_ring" if self.attention == "ring" else "")
 
 
 def relative_errors(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> dict[str, float]:
@@ -65,7 +66,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
     try:
         model, clip = _model_and_clip(config, layout.frames, where)
-        axis, camera = ContextParallel(layout.frames), clip["camera"]
+        axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
         velocity = model(**clip, time_axis=axis)

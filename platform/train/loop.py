@@ -59,7 +59,7 @@ class Worker:
         ).to(self.device)
         if self.stage.context_parallel > 1:
             frames = settings.config.latent_frames(self.stage.frames)
-            self.objective.time_axis = own_clip(frames, self.stage.context_parallel)
+            self.objective.time_axis = own_clip(frames, self.stage.context_parallel, self.stage.attention_exchange)
         self.trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.engine = self._engine()
         if self.device.type == "cuda":

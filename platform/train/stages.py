@@ -28,6 +28,8 @@ class Stage:
     options: keyword arguments of the objective. model: fields of the preset's configuration that this stage trains with
     other values. init_from: stages one of whose weights this one needs to start from.
     context_parallel: workers that share a clip, a stretch of its frames each; of the flow objective.
+    attention_exchange: how they share softmax attention, by "heads" or in a "ring" (platform/parallel/context.py); more
+    workers a clip than the model has heads want the ring.
     zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
     mode compiles nothing.
@@ -57,6 +59,7 @@ class Stage:
     seed: int = 0
     init_from: tuple[str, ...] = ()
     context_parallel: int = 1
+    attention_exchange: Literal["heads", "ring"] = "heads"
     zero_stage: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: str = ""
@@ -82,6 +85,8 @@ class Stage:
             raise ValueError(f"{self.name}: optimizer must be adamw or muon, schedule cosine or constant")
         if self.context_parallel < 1 or (self.context_parallel > 1 and self.objective != "flow"):
             raise ValueError(f"{self.name}: context_parallel must be at least 1, and 1 where no clip can be cut")
+        if self.attention_exchange not in ("heads", "ring"):
+            raise ValueError(f"attention_exchange {self.attention_exchange!r} must be heads or ring")
         if self.optimizer == "muon" and self.zero_stage:
             raise ValueError("muon needs whole matrices, which ZeRO cuts up: set zero_stage=0 or optimizer=adamw")
         if self.zero_stage == 3 and self.ema:

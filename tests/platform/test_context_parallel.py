@@ -13,21 +13,26 @@ import torch.distributed as dist
 from longtake.jobs import check_parallel
 from longtake.model import presets
 from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
-from longtake.platform.parallel.context import ContextParallel
+from longtake.platform.parallel.context import AttentionExchange, ContextParallel
 
 CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_heads=3)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("layout", [Layout(2, 7), Layout(3, 5), Layout(4, 5)], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, 7), Layout(3, 5), Layout(4, 5), Layout(2, 7, "ring"), Layout(4, 5, "ring")],
+    ids=lambda layout: layout.name,
+)
 def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
     assert max(relative_errors(CONFIG, layout).values()) < LIMIT
 
 
 @pytest.mark.multigpu
-def test_a_clip_cut_between_gpus_gives_the_same_gradients():
+@pytest.mark.parametrize("attention", ["heads", "ring"])
+def test_a_clip_cut_between_gpus_gives_the_same_gradients(attention: AttentionExchange):
     torch.set_float32_matmul_precision("highest")
-    assert max(relative_errors(CONFIG, Layout(2, 7), "cuda").values()) < LIMIT
+    assert max(relative_errors(CONFIG, Layout(2, 7, attention), "cuda").values()) < LIMIT
 
 
 @pytest.mark.cpu
@@ -46,13 +51,13 @@ def test_the_job_writes_the_errors_of_each_layout(monkeypatch):
     errors = {"velocity": 1e-7, "loss": 0.0, "gradient": 2e-6}
     monkeypatch.setattr(check_parallel, "relative_errors", lambda config, layout, device: errors)
     monkeypatch.setattr(check_parallel.measurements, "write", lambda name, figures: written.update(figures, name=name))
-    check_parallel.main(["--layouts", "2x7"])
+    check_parallel.main(["--layouts", "2x7", "--attention", "heads"])
     assert written == {"name": "context_parallel_cpu"} | {
         f"worst_{what}_error_cp2_frames7": error for what, error in errors.items()
     }
     errors["gradient"] = 2e-5
     with pytest.raises(ValueError, match="worst_gradient_error_cp2_frames7: more than 1e-05"):
-        check_parallel.main(["--layouts", "2x7", "--no-write"])
+        check_parallel.main(["--layouts", "2x7", "--attention", "heads", "--no-write"])
 
 
 @pytest.mark.cpu

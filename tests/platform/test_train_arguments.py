@@ -21,6 +21,7 @@ pytestmark = pytest.mark.cpu
         (["--set", "batch_size"], "field=value"),
         (["--workers", "3"], "must be a multiple of workers / context_parallel"),
         (["--workers", "3", "--set", "context_parallel=2"], "3 workers must be a multiple of context_parallel 2"),
+        (["--set", "attention_exchange=star"], "attention_exchange 'star' must be heads or ring"),
         (["--workers", "16", "--set", "context_parallel=16"], "must be at most 11, the latent frames of a clip"),
         (["--max-minutes", "0"], "must be positive"),
         (["--data", "more=0"], "weights of corpora must be positive"),
