@@ -1,4 +1,4 @@
-"""Compare a clip that several processes share with the same clip on one, gradients included.
+"""Compare a clip that several processes share with the same clip on one, gradients included, and count what they send.
 
 Processes on this machine, over gloo on CPUs or NCCL on GPUs; random weights, nothing is read.
 """
@@ -15,7 +15,7 @@ from longtake.model import presets
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
+from longtake.platform.parallel.compare import LIMIT, Layout, Traffic, compare
 from longtake.platform.parallel.context import AttentionExchange
 
 
@@ -30,18 +30,29 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(json.dumps(vars(args) | {"config": dataclasses.asdict(config), "limit": LIMIT}, indent=2))
         return
-    figures: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    traffic: list[tuple[str, Traffic]] = []
     with Progress(len(layouts), "layouts", "parallel") as progress:
         for layout in layouts:
-            errors = relative_errors(config, layout, args.device)
-            figures |= {f"worst_{what}_error_{layout.name}": error for what, error in errors.items()}
-            progress.update(1, largest=max(figures.values()))
-    for name, error in figures.items():
+            found = compare(config, layout, args.device)
+            errors |= {f"worst_{what}_error_{layout.name}": error for what, error in found.errors.items()}
+            traffic += [(layout.name, sent) for sent in found.traffic]
+            progress.update(1, largest=max(errors.values()))
+    for name, error in errors.items():
         print(f"{name:40} {error:.1e}")
-    if above := [name for name, error in figures.items() if not error <= LIMIT]:
+    print(f"\n{'bytes that a block sends forwards':50} {'counted':>12} {'by the maths':>12}")
+    for name, sent in traffic:
+        print(f"{f'{sent.what} of {sent.kind}, rank {sent.rank} of {name}':50} {sent.counted:12,} {sent.expected:12,}")
+    if above := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"{', '.join(above)}: more than {LIMIT:g}; compare torch with requirements.lock")
+    if wrong := [name for name, sent in traffic if sent.counted != sent.expected]:
+        raise ValueError(f"{', '.join(dict.fromkeys(wrong))}: sends other bytes than platform/parallel/traffic.py says")
+    sizes: dict[str, float] = {}
+    for name, sent in traffic:
+        figure = f"most_{sent.kind}_{sent.what}_bytes_{name}"
+        sizes[figure] = max(sizes.get(figure, 0), sent.counted)
     if args.write:
-        print(f"figures: {measurements.write(f'context_parallel_{args.device}', figures)}")
+        print(f"figures: {measurements.write(f'context_parallel_{args.device}', errors | sizes)}")
 
 
 def _layout(text: str, attention: AttentionExchange) -> Layout:

@@ -2,8 +2,8 @@
 
 Per block, a rank exchanges the map of its whole stretch (D (D + V) numbers a head, to every other rank), the frames
 that the next ranks' convolutions reach, and in softmax blocks either queries, keys and values by head, or keys and
-values round a ring (ring.py). Gradients cross the same way back: with a loss that is the rank's share of the clip's, a
-parameter's gradients sum to the clip's.
+values round a ring (ring.py); traffic.py has the sums. Gradients cross the same way back: with a loss that is the
+rank's share of the clip's, a parameter's gradients sum to the clip's.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class ContextParallel(TimeAxis):
 
     attention: how softmax blocks see all tokens. By "heads", a rank computes some of the heads over the whole clip:
     with more ranks than heads the rest of them idle meanwhile. By "ring", each computes its own queries, and what
-    arrives next travels meanwhile: for any number of ranks, though R of them send (R - 1) / R twice of the clip's
-    activations, by heads 4 (R - 1) / R^2 times.
+    arrives next travels meanwhile. It suits any number of ranks, but beyond two they send more (traffic.py).
     """
 
     def __init__(self, frames: int, group: dist.ProcessGroup | None = None, attention: AttentionExchange = "heads"):
@@ -40,7 +39,7 @@ class ContextParallel(TimeAxis):
             raise ValueError(
                 f"{frames} latent frames cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
             )
-        self.counts = _even(frames, self.stretches)
+        self.counts = even(frames, self.stretches)
         self.firsts = [sum(self.counts[:rank]) for rank in range(self.stretches)]
 
     def held(self, x: Tensor, dim: int) -> Tensor:
@@ -58,7 +57,9 @@ class ContextParallel(TimeAxis):
         # Later ranks continue from here forwards, earlier ones backwards.
         forwards, backwards = torch.cat([through[:, -1], since[:, -1]], dim=-2).chunk(2)
         parts = [forwards if rank > self.rank else backwards for rank in range(self.stretches)]
-        maps = [part.split([d, rows], dim=-2) for part in self._exchange(parts, [forwards.shape] * self.stretches)]
+        maps = [
+            part.split([d, rows], dim=-2) for part in self._exchange("states", parts, [forwards.shape] * self.stretches)
+        ]
         past, future = torch.zeros_like(since[:, 0]).chunk(2)
         for a, u in maps[: self.rank]:
             past = past @ a + u
@@ -77,7 +78,7 @@ class ContextParallel(TimeAxis):
             shape = list(x.shape)
             shape[dim] = self._reached_by(self.rank, rank, reach)[1]
             shapes.append(shape)
-        received = self._exchange(parts, shapes)
+        received = self._exchange("halo", parts, shapes)
         received[self.rank] = x
         y = function(torch.cat(received, dim))
         return y.narrow(dim, sum(part.shape[dim] for part in received[: self.rank]), x.shape[dim])
@@ -95,30 +96,31 @@ class ContextParallel(TimeAxis):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if self.attention == "ring":
             return ring_attention(self.peers, [area * count for count in self.counts], q, k, v, scale)
-        mine = _even(heads, self.stretches)
+        mine = even(heads, self.stretches)
         qkv = torch.stack([q, k, v])
         shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
-        q, k, v = torch.cat(self._exchange(qkv.split(mine, dim=3), shapes), dim=2)
+        q, k, v = torch.cat(self._exchange("attention", qkv.split(mine, dim=3), shapes), dim=2)
         out = super().attend(q, k, v, scale, dtype)  # all tokens, some heads
         shapes = [(batch, tokens, count, channels) for count in mine]
-        return torch.cat(self._exchange(out.split([area * count for count in self.counts], dim=1), shapes), dim=2)
+        parts = out.split([area * count for count in self.counts], dim=1)
+        return torch.cat(self._exchange("attention", parts, shapes), dim=2)
 
-    def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _exchange(self, what: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
-        return list(_exchanged(self.peers, shapes, *parts))
+        return list(_exchanged(self.peers, what, shapes, *parts))
 
 
 class _Exchange(torch.autograd.Function):
     """Every rank's part for every other; gradients go back to where the part came from."""
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
-        ctx.peers, ctx.shapes = peers, [part.shape for part in parts]
-        return peers.swap(parts, shapes)
+    def forward(ctx: Any, peers: Peers, what: str, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
+        ctx.peers, ctx.what, ctx.shapes = peers, what, [part.shape for part in parts]
+        return peers.swap(what, parts, shapes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *ctx.peers.swap(gradients, ctx.shapes)
+        return None, None, None, *ctx.peers.swap(ctx.what, gradients, ctx.shapes)
 
 
 _exchanged: Any = torch.compiler.disable(_Exchange.apply)  # compiled blocks are cut here
@@ -134,6 +136,6 @@ def own_clip(frames: int, ranks: int, attention: AttentionExchange = "heads") ->
     return ContextParallel(frames, group, attention)
 
 
-def _even(count: int, parts: int) -> list[int]:
+def even(count: int, parts: int) -> list[int]:
     """`count` things shared out as evenly as can be, the first parts one more."""
     return [count // parts + (part < count % parts) for part in range(parts)]
