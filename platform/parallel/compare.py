@@ -4,6 +4,7 @@ bytes that they sent against the maths.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
@@ -60,11 +61,12 @@ class Comparison:
 
 
 def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Comparison:
-    """The two ways of computing a clip, in float32.
+    """The two ways of computing a clip, in float32 throughout.
 
     The processes are started here: over gloo on CPUs, over NCCL on the first `layout.ranks` GPUs. Random weights, a
     batch of two clips of 2 x 3 tokens a frame.
     """
+    config = dataclasses.replace(config, softmax_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (config, layout, device, folder)
         processes.start_processes(_on_a_rank, arguments, nprocs=layout.ranks, start_method="spawn")  # type: ignore[attr-defined]
