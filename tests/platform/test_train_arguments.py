@@ -27,6 +27,8 @@ pytestmark = pytest.mark.cpu
         (["--data", "more=0"], "weights of corpora must be positive"),
         (["--data", "latents=2"], "is given twice"),
         (["--init", "."], "neither a run nor a weights folder"),
+        (["--set", "offload=True"], "offload is ZeRO's"),
+        (["--set", "checkpoint_blocks=True"], "exclude each other: set compile=default"),
         (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
     ],
 )
