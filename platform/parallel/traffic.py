@@ -1,7 +1,7 @@
 """What a rank sends to those it shares a clip with, by what it is for: the maths that `Peers` is compared with.
 
 Legend: R ranks, n_r latent frames on rank r, S tokens a frame, B clips, H heads of D channels, C = H D, and b branches
-of attention (2 with a camera). In one forward pass of a block, rank r sends, with e bytes a number:
+of attention (2 where the camera's rays are read). In one forward pass of a block, rank r sends, with e bytes a number:
 
     states     (R - 1) B H D (2 D b + D + 1) e               of GDN blocks: to every other rank a map, D x D and D x D
                                                              a branch, D x D and 1 x D of the normaliser; e is 4
@@ -19,8 +19,6 @@ from collections.abc import Sequence
 
 from longtake.model.config import WorldModelConfig
 
-BRANCHES = 2  # of attention, with a camera
-
 
 def sent_in_a_block(
     config: WorldModelConfig,
@@ -35,18 +33,18 @@ def sent_in_a_block(
 
     heads: how many are each rank's, None for a ring.
     """
-    d, size = config.head_dim, config.hidden_size
+    d, size, branches = config.head_dim, config.hidden_size, 1 + config.reads_rays
     halo = _reached(counts, rank, config.temporal_kernel_size // 2)
     if not softmax:
-        states = (len(counts) - 1) * clips * size * (2 * d * BRANCHES + d + 1)
-        halo += BRANCHES * _reached(counts, rank, config.conv_kernel_size - 1)
+        states = (len(counts) - 1) * clips * size * (2 * d * branches + d + 1)
+        halo += branches * _reached(counts, rank, config.conv_kernel_size - 1)
         return {"states": 4 * states, "halo": 4 * clips * size * tokens * halo}
     held, elsewhere = counts[rank], sum(counts) - counts[rank]
     if heads is None:
         attention = 2 * size * (sum(counts) - counts[(rank + 1) % len(counts)])
     else:
         attention = d * (3 * held * (config.num_heads - heads[rank]) + elsewhere * heads[rank])
-    return {"halo": 4 * clips * size * tokens * halo, "attention": 4 * clips * BRANCHES * tokens * attention}
+    return {"halo": 4 * clips * size * tokens * halo, "attention": 4 * clips * branches * tokens * attention}
 
 
 def _reached(counts: Sequence[int], rank: int, reach: int) -> int:

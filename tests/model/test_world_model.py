@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longtake.model import WorldModel  # type: ignore[attr-defined]  # made in longtake/__init__.py
+from longtake.model.camera import CameraFeatures
 from longtake.model.parity import CASES
 
 pytestmark = pytest.mark.cpu
@@ -17,6 +18,19 @@ def model_and_inputs(config):
     for parameter in model.parameters():  # zero-initialised projections would hide what stands before them
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model, dataclasses.replace(CASES[0], config=config).inputs()
+
+
+@pytest.mark.parametrize("branches", ["both", "plucker", "ucpe", "none"])
+def test_a_camera_is_read_as_far_as_the_configuration_says(branches, config):
+    model, (*inputs, camera) = model_and_inputs(dataclasses.replace(config, camera_branches=branches))
+    turned = CameraFeatures(camera.conditions.roll(1, dims=1), camera.plucker)
+    shifted = CameraFeatures(camera.conditions, camera.plucker.roll(1, dims=2))
+    with torch.no_grad():
+        velocity, by_rays, by_plucker = (model(*inputs, each) for each in (camera, turned, shifted))
+        blind = model(*inputs, None)
+    assert torch.equal(velocity, by_rays) == (branches in ("plucker", "none"))
+    assert torch.equal(velocity, by_plucker) == (branches in ("ucpe", "none"))
+    assert torch.equal(velocity, blind) == (branches == "none")
 
 
 def test_blocks_that_are_computed_again_give_the_same_gradients(config):

@@ -147,6 +147,7 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow muon halved", optimizer="muon", steps=2),
         flow("flow muon halved", optimizer="muon"),
         dataclasses.replace(flow("gdn", steps=1), config=dataclasses.replace(MICRO, softmax_every=0)),
+        dataclasses.replace(flow("plucker", steps=1), config=dataclasses.replace(MICRO, camera_branches="plucker")),
         settings(latents, folder / "hybrid", "stage2_hybrid", init=gdn, steps=1, learning_rate=0.0),
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
     ]
@@ -255,6 +256,14 @@ def test_two_workers_average_and_export_the_same_weights(runs):
     assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
     partitioned = weights(runs / "flow zero 3")
     assert {key: value.shape for key, value in partitioned.items()} == {key: value.shape for key, value in ours.items()}
+
+
+def test_weights_say_what_they_read_of_a_camera(runs):
+    assert json.loads((runs / "plucker/weights/config.json").read_text())["camera_branches"] == "plucker"
+    trained = weights(runs / "plucker")
+    assert trained["transformer/plucker_embedder.proj.weight"].any()  # both begin with zeros
+    assert not trained["transformer/blocks.0.attn.out_proj_cam.weight"].any()
+    assert weights(runs / "flow")["transformer/blocks.0.attn.out_proj_cam.weight"].any()
 
 
 def test_no_clipping_leaves_the_gradients_as_they_are(runs):
