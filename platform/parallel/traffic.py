@@ -11,6 +11,8 @@ of attention (2 where the camera's rays are read). In one forward pass of a bloc
     attention  b B S D (3 n_r (H - h_r) + (N - n_r) h_r) e   of softmax blocks, by heads: h_r heads are r's; of its
                                                              frames the rest of q, k, v, of N - n_r others the result
                b B S C 2 (N - n_{r+1}) e                     in a ring: keys and values of all ranks but the next
+
+Gradients go back over the same ways; in a ring, keys and values go round once more, and their gradients in float32.
 """
 
 from __future__ import annotations
