@@ -1,4 +1,4 @@
-"""Compare a clip that several processes share with the same clip on one, gradients included.
+"""Compare a clip that several processes share with the same clip on one, gradients included, and count what they send.
 
 Processes on this machine, over gloo on CPUs or NCCL on GPUs; random weights, nothing is read.
 """
@@ -15,7 +15,8 @@ from longtake.model import presets
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
+from longtake.platform.parallel.compare import LIMIT, Layout, Traffic, compare
+from longtake.platform.parallel.context import AttentionExchange
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,32 +24,43 @@ def main(argv: list[str] | None = None) -> None:
     config = presets.get(args.preset)
     if args.depth:
         config = dataclasses.replace(config, depth=args.depth)
-    layouts = [_layout(text) for text in args.layouts]
+    layouts = [_layout(text, attention) for text in args.layouts for attention in args.attention]
     if args.device == "cuda" and (needed := max(layout.ranks for layout in layouts)) > torch.cuda.device_count():
         raise ValueError(f"{needed} ranks need a GPU each, this machine has {torch.cuda.device_count()}")
     if args.dry_run:
         print(json.dumps(vars(args) | {"config": dataclasses.asdict(config), "limit": LIMIT}, indent=2))
         return
-    figures: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    traffic: list[tuple[str, Traffic]] = []
     with Progress(len(layouts), "layouts", "parallel") as progress:
         for layout in layouts:
-            errors = relative_errors(config, layout, args.device)
-            figures |= {f"worst_{what}_error_{layout.name}": error for what, error in errors.items()}
-            progress.update(1, largest=max(figures.values()))
-    for name, error in figures.items():
+            found = compare(config, layout, args.device)
+            errors |= {f"worst_{what}_error_{layout.name}": error for what, error in found.errors.items()}
+            traffic += [(layout.name, sent) for sent in found.traffic]
+            progress.update(1, largest=max(errors.values()))
+    for name, error in errors.items():
         print(f"{name:40} {error:.1e}")
-    if above := [name for name, error in figures.items() if not error <= LIMIT]:
+    print(f"\n{'bytes that a block sends forwards':50} {'counted':>12} {'by the maths':>12}")
+    for name, sent in traffic:
+        print(f"{f'{sent.what} of {sent.kind}, rank {sent.rank} of {name}':50} {sent.counted:12,} {sent.expected:12,}")
+    if above := [name for name, error in errors.items() if not error <= LIMIT]:
         raise ValueError(f"{', '.join(above)}: more than {LIMIT:g}; compare torch with requirements.lock")
+    if wrong := [name for name, sent in traffic if sent.counted != sent.expected]:
+        raise ValueError(f"{', '.join(dict.fromkeys(wrong))}: sends other bytes than platform/parallel/traffic.py says")
+    sizes: dict[str, float] = {}
+    for name, sent in traffic:
+        figure = f"most_{sent.kind}_{sent.what}_bytes_{name}"
+        sizes[figure] = max(sizes.get(figure, 0), sent.counted)
     if args.write:
-        print(f"figures: {measurements.write(f'context_parallel_{args.device}', figures)}")
+        print(f"figures: {measurements.write(f'context_parallel_{args.device}', errors | sizes)}")
 
 
-def _layout(text: str) -> Layout:
+def _layout(text: str, attention: AttentionExchange) -> Layout:
     """RANKSxFRAMES. ValueError when it is none, or a rank would hold no frame."""
     numbers = text.split("x")
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--layouts {text}: write RANKSxFRAMES, such as 2x7")
-    layout = Layout(*map(int, numbers))
+    layout = Layout(int(numbers[0]), int(numbers[1]), attention)
     if not 1 <= layout.ranks <= layout.frames:
         raise ValueError(f"--layouts {text}: a rank needs a frame, so at least 1 and at most {layout.frames} ranks")
     return layout
@@ -65,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["2x7", "3x5", "4x5", "2x121"],
         metavar="RANKSxFRAMES",
         help="processes and latent frames (default: 2x7 3x5 4x5 2x121)",
+    )
+    add(
+        "--attention",
+        nargs="+",
+        choices=["heads", "ring"],
+        default=["heads", "ring"],
+        help="how processes share softmax attention (default: heads ring)",
     )
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")

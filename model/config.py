@@ -8,9 +8,10 @@ these fields.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 SoftmaxScale = Literal["head_dim", "padded"] | float
+CameraBranches = Literal["both", "plucker", "ucpe", "none"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class WorldModelConfig:
       softmax_dtype: what queries, keys and values of softmax blocks are rounded to; all releases round to bfloat16.
       key_map: which keys the action language means (camera/actions.py).
 
+    camera_branches: what the network reads of a camera (sections 1.8 and 1.9): Pluecker maps, added in every block,
+      "plucker"; attention in ray coordinates, "ucpe"; "both" or "none". Weights of what is left out stay unused.
+
     contractive_gdn: divide beta by a frame's sum of beta |k|^2 where that exceeds 1, so that no frame can make the
       GDN's state grow, however long the video. The releases leave that to training: their keys are normalised over all
       heads, which bounds the sum on average but lets it reach the number of heads in one.
@@ -93,6 +97,7 @@ class WorldModelConfig:
     softmax_scale_camera: SoftmaxScale = "padded"
     softmax_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     key_map: str = "official"
+    camera_branches: CameraBranches = "both"
     contractive_gdn: bool = False
     image_size: tuple[int, int] = (704, 1280)
     vae_stride: tuple[int, int, int] = (8, 32, 32)
@@ -116,6 +121,17 @@ class WorldModelConfig:
             raise ValueError(
                 f"plucker_channels {self.plucker_channels} must be 6 x the VAE's temporal stride {self.vae_stride[0]}"
             )
+
+        if self.camera_branches not in (known := get_args(CameraBranches)):
+            raise ValueError(f"camera_branches {self.camera_branches!r} must be one of {', '.join(known)}")
+
+    @property
+    def reads_plucker(self) -> bool:
+        return self.camera_branches in ("both", "plucker")
+
+    @property
+    def reads_rays(self) -> bool:
+        return self.camera_branches in ("both", "ucpe")
 
     def latent_frames(self, frames: int) -> int:
         """How many latent frames hold `frames` raw ones; the first holds one alone."""

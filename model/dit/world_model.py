@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
@@ -124,9 +125,12 @@ class FinalLayer(nn.Module):
 class WorldModel(nn.Module):
     """SANA-WM's diffusion transformer; random weights in float32.
 
-    A clean latent frame (the image) has timestep 0. Without a camera the camera branch and the Pluecker embedding are
-    left out.
+    A clean latent frame (the image) has timestep 0. Without a camera, or where `config.camera_branches` says so, the
+    camera branch and the Pluecker embedding are left out. checkpoint_blocks: in training, keep nothing of a block but
+    its input, and compute the block once more in the backward pass.
     """
+
+    checkpoint_blocks = False
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -193,11 +197,17 @@ class WorldModel(nn.Module):
         time = self.t_embedder(timestep)
         modulation = self.t_block(time).unflatten(-1, (6, -1))
         y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
-        at, plucker = self._positions(grid, camera, latents.device, time_axis), None
-        if camera is not None:
+        rays = camera if self.config.reads_rays else None
+        at, plucker = self._positions(grid, rays, latents.device, time_axis), None
+        if camera is not None and self.config.reads_plucker:
             plucker = self.plucker_embedder(camera.plucker.to(dtype))
+        others = y, text_mask.bool(), modulation, at, plucker, tuple(grid)
         for block in self.blocks:
-            x = block(x, y, text_mask.bool(), modulation, at, plucker, tuple(grid))
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                # No block draws random numbers.
+                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, *others)
         return self.final_layer(x, time).transpose(1, 2).unflatten(2, grid)
 
     def _positions(

@@ -1,11 +1,16 @@
-"""A clip cut between processes against the same clip on one: velocity, loss and every parameter's gradient."""
+"""A clip cut between processes against the same clip on one: velocity, loss and every parameter's gradient; and the
+bytes that they sent against the maths.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,29 +20,53 @@ from torch import Tensor
 from longtake.model.camera import CameraFeatures, camera_features, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
-from longtake.platform.parallel.context import ContextParallel
+from longtake.platform.parallel.context import AttentionExchange, ContextParallel, even
+from longtake.platform.parallel.traffic import sent_in_a_block
 
 LIMIT = 1e-5  # of relative errors in float32
+_CLIPS, _AREA = 2, (2, 3)  # of the batch; rows and columns of its latent frames
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`frames` latent frames on `ranks` processes; they need not divide evenly."""
+    """`frames` latent frames on `ranks` processes, which need not divide evenly; `attention` as `ContextParallel`."""
 
     ranks: int
     frames: int
+    attention: AttentionExchange = "heads"
 
     @property
     def name(self) -> str:
-        return f"cp{self.ranks}_frames{self.frames}"
+        return f"cp{self.ranks}_frames{self.frames}" + ("_ring" if self.attention == "ring" else "")
 
 
-def relative_errors(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> dict[str, float]:
-    """Largest relative error of "velocity", "loss" and "gradient", the latter over all parameters, in float32.
+class Traffic(NamedTuple):
+    """Bytes that `rank` sends for `what` in the forward pass of a block, counted and by the maths of traffic.py."""
+
+    kind: Literal["gdn", "softmax"]
+    what: str
+    rank: int
+    counted: int
+    expected: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """errors: the largest relative errors of "velocity", "loss" and "gradient", the latter over all parameters.
+    traffic: of every rank and kind of block; more than one of a kind where its blocks send different amounts.
+    """
+
+    errors: dict[str, float]
+    traffic: list[Traffic]
+
+
+def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Comparison:
+    """The two ways of computing a clip, in float32 throughout.
 
     The processes are started here: over gloo on CPUs, over NCCL on the first `layout.ranks` GPUs. Random weights, a
     batch of two clips of 2 x 3 tokens a frame.
     """
+    config = dataclasses.replace(config, softmax_dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         arguments = (config, layout, device, folder)
         processes.start_processes(_on_a_rank, arguments, nprocs=layout.ranks, start_method="spawn")  # type: ignore[attr-defined]
@@ -49,11 +78,24 @@ def relative_errors(config: WorldModelConfig, layout: Layout, device: str = "cpu
     gradients = _gradients(model)
     if gradients.keys() != cut[0]["gradients"].keys():
         raise RuntimeError("a rank's parameters with a gradient are not those of one process")
-    return {
+    errors = {
         "velocity": _error(torch.cat([rank["velocity"] for rank in cut], dim=2), velocity),
         "loss": _error(cut[0]["loss"], loss),
         "gradient": max(_error(cut[0]["gradients"][name], gradient) for name, gradient in gradients.items()),
     }
+    traffic = (found for rank, each in enumerate(cut) for found in _traffic(config, layout, rank, each["sent"]))
+    return Comparison(errors, list(dict.fromkeys(traffic)))
+
+
+def _traffic(config: WorldModelConfig, layout: Layout, rank: int, sent: list[dict[str, int]]) -> Iterator[Traffic]:
+    """sent: by `rank`, in each block."""
+    counts = even(layout.frames, layout.ranks)
+    heads = even(config.num_heads, layout.ranks) if layout.attention == "heads" else None
+    for block, counted in enumerate(sent, start=1):
+        softmax = config.softmax_every > 0 and block % config.softmax_every == 0
+        expected = sent_in_a_block(config, counts, heads, rank, _CLIPS, math.prod(_AREA), softmax)
+        for what in expected | counted:
+            yield Traffic("softmax" if softmax else "gdn", what, rank, counted.get(what, 0), expected.get(what, 0))
 
 
 def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str, folder: str) -> None:
@@ -65,9 +107,17 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
     try:
         model, clip = _model_and_clip(config, layout.frames, where)
-        axis, camera = ContextParallel(layout.frames), clip["camera"]
+        axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
+        sent: list[dict[str, int]] = []
+
+        def note(*_: Any) -> None:
+            sent.append(dict(axis.peers.sent))
+            axis.peers.sent.clear()
+
+        for block in model.blocks:
+            block.register_forward_hook(note)
         velocity = model(**clip, time_axis=axis)
         loss = _loss(velocity, layout.frames)
         loss.backward()
@@ -75,7 +125,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
         for shared in (loss.detach_(), *gradients.values()):
             dist.all_reduce(shared)
         found = {"velocity": velocity.detach(), "loss": loss, "gradients": gradients}
-        torch.save(_on_cpu(found), Path(folder, f"{rank}.pt"))
+        torch.save(_on_cpu(found) | {"sent": sent}, Path(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()
 
@@ -91,15 +141,15 @@ def _model_and_clip(
         parameter.data += 0.05 * torch.randn_like(parameter)
     half = (frames - 1) * config.vae_stride[0] // 2
     stride_h, stride_w = config.vae_stride[1:]
-    size = 2 * stride_h, 3 * stride_w
+    size = _AREA[0] * stride_h, _AREA[1] * stride_w
     trajectory = parse_actions(f"w-{half},dw-{half}", fps=16, image_size=size)
-    poses, pinholes = (x.float()[None].repeat(2, *[1] * x.ndim) for x in (trajectory.c2w, trajectory.intrinsics))
+    poses, pinholes = (x.float()[None].repeat(_CLIPS, *[1] * x.ndim) for x in (trajectory.c2w, trajectory.intrinsics))
     camera = camera_features(poses, pinholes, size, config.vae_stride)
     clip = dict(
-        latents=torch.randn(2, config.latent_channels, frames, 2, 3).to(device),
-        timestep=(torch.rand(2, frames) * 1000).to(device),
-        text=torch.randn(2, config.text.length, config.text_dim).to(device),
-        text_mask=torch.ones(2, config.text.length, device=device),
+        latents=torch.randn(_CLIPS, config.latent_channels, frames, *_AREA).to(device),
+        timestep=(torch.rand(_CLIPS, frames) * 1000).to(device),
+        text=torch.randn(_CLIPS, config.text.length, config.text_dim).to(device),
+        text_mask=torch.ones(_CLIPS, config.text.length, device=device),
         camera=CameraFeatures(camera.conditions.to(device), camera.plucker.to(device)),
     )
     return model.to(device), clip

@@ -1,14 +1,15 @@
 """Context parallelism: the latent frames of one clip lie on several ranks, a stretch on each, exactly as on one device.
 
 Per block, a rank exchanges the map of its whole stretch (D (D + V) numbers a head, to every other rank), the frames
-that the next ranks' convolutions reach, and in softmax blocks queries, keys and values by head. Gradients cross the
-same way back: with a loss that is the rank's share of the clip's, a parameter's gradients sum to the clip's.
+that the next ranks' convolutions reach, and in softmax blocks either queries, keys and values by head, or keys and
+values round a ring (ring.py); traffic.py has the sums. Gradients cross the same way back: with a loss that is the
+rank's share of the clip's, a parameter's gradients sum to the clip's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,19 +17,29 @@ from torch import Tensor
 
 from longtake.kernels.gdn import run_maps
 from longtake.model.dit.time_axis import TimeAxis
+from longtake.platform.parallel.peers import Peers
+from longtake.platform.parallel.ring import ring_attention
+
+AttentionExchange = Literal["heads", "ring"]
 
 
 class ContextParallel(TimeAxis):
-    """This rank's stretch of a clip of `frames` latent frames; `group` holds the clip's ranks in order of time."""
+    """This rank's stretch of a clip of `frames` latent frames; `group` holds the clip's ranks in order of time.
 
-    def __init__(self, frames: int, group: dist.ProcessGroup | None = None):
-        self.group = group or dist.group.WORLD
-        self.rank, self.stretches = dist.get_rank(self.group), dist.get_world_size(self.group)
+    attention: how softmax blocks see all tokens. By "heads", a rank computes some of the heads over the whole clip:
+    with more ranks than heads the rest of them idle meanwhile. By "ring", each computes its own queries, and what
+    arrives next travels meanwhile. It suits any number of ranks, but beyond two they send more (traffic.py).
+    """
+
+    def __init__(self, frames: int, group: dist.ProcessGroup | None = None, attention: AttentionExchange = "heads"):
+        assert attention in get_args(AttentionExchange), attention
+        self.peers = Peers(group or dist.group.WORLD)  # type: ignore[arg-type]
+        self.rank, self.stretches, self.attention = self.peers.rank, self.peers.count, attention
         if frames < self.stretches:
             raise ValueError(
                 f"{frames} latent frames cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
             )
-        self.counts = _even(frames, self.stretches)
+        self.counts = even(frames, self.stretches)
         self.firsts = [sum(self.counts[:rank]) for rank in range(self.stretches)]
 
     def held(self, x: Tensor, dim: int) -> Tensor:
@@ -46,7 +57,9 @@ class ContextParallel(TimeAxis):
         # Later ranks continue from here forwards, earlier ones backwards.
         forwards, backwards = torch.cat([through[:, -1], since[:, -1]], dim=-2).chunk(2)
         parts = [forwards if rank > self.rank else backwards for rank in range(self.stretches)]
-        maps = [part.split([d, rows], dim=-2) for part in self._exchange(parts, [forwards.shape] * self.stretches)]
+        maps = [
+            part.split([d, rows], dim=-2) for part in self._exchange("states", parts, [forwards.shape] * self.stretches)
+        ]
         past, future = torch.zeros_like(since[:, 0]).chunk(2)
         for a, u in maps[: self.rank]:
             past = past @ a + u
@@ -65,7 +78,7 @@ class ContextParallel(TimeAxis):
             shape = list(x.shape)
             shape[dim] = self._reached_by(self.rank, rank, reach)[1]
             shapes.append(shape)
-        received = self._exchange(parts, shapes)
+        received = self._exchange("halo", parts, shapes)
         received[self.rank] = x
         y = function(torch.cat(received, dim))
         return y.narrow(dim, sum(part.shape[dim] for part in received[: self.rank]), x.shape[dim])
@@ -80,63 +93,49 @@ class ContextParallel(TimeAxis):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         batch, tokens, heads, channels = q.shape
         area = tokens // self.counts[self.rank]
-        mine = _even(heads, self.stretches)
-        qkv = torch.stack([q.to(dtype), k.to(dtype), v.to(dtype)])
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if self.attention == "ring":
+            return ring_attention(self.peers, [area * count for count in self.counts], q, k, v, scale)
+        mine = even(heads, self.stretches)
+        qkv = torch.stack([q, k, v])
         shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
-        q, k, v = torch.cat(self._exchange(qkv.split(mine, dim=3), shapes), dim=2)
+        q, k, v = torch.cat(self._exchange("attention", qkv.split(mine, dim=3), shapes), dim=2)
         out = super().attend(q, k, v, scale, dtype)  # all tokens, some heads
         shapes = [(batch, tokens, count, channels) for count in mine]
-        return torch.cat(self._exchange(out.split([area * count for count in self.counts], dim=1), shapes), dim=2)
+        parts = out.split([area * count for count in self.counts], dim=1)
+        return torch.cat(self._exchange("attention", parts, shapes), dim=2)
 
-    def _exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    def _exchange(self, what: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
-        return list(_exchanged(self.group, shapes, *parts))
+        return list(_exchanged(self.peers, what, shapes, *parts))
 
 
 class _Exchange(torch.autograd.Function):
     """Every rank's part for every other; gradients go back to where the part came from."""
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
-        ctx.group, ctx.shapes = group, [part.shape for part in parts]
-        return _swap(group, parts, shapes)
+    def forward(ctx: Any, peers: Peers, what: str, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
+        ctx.peers, ctx.what, ctx.shapes = peers, what, [part.shape for part in parts]
+        return peers.swap(what, parts, shapes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, *_swap(ctx.group, gradients, ctx.shapes)
+        return None, None, None, *ctx.peers.swap(ctx.what, gradients, ctx.shapes)
 
 
 _exchanged: Any = torch.compiler.disable(_Exchange.apply)  # compiled blocks are cut here
 
 
-def _swap(group: dist.ProcessGroup, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    rank = dist.get_rank(group)
-    received = [parts[0].new_empty(shape) for shape in shapes]
-    received[rank] = parts[rank].clone()
-    transfers = []
-    for peer in range(len(parts)):
-        if peer == rank:
-            continue
-        if parts[peer].numel():
-            transfers.append(dist.P2POp(dist.isend, parts[peer].contiguous(), group=group, group_peer=peer))
-        if received[peer].numel():
-            transfers.append(dist.P2POp(dist.irecv, received[peer], group=group, group_peer=peer))
-    if transfers:
-        for work in dist.batch_isend_irecv(transfers):
-            work.wait()
-    return tuple(received)
-
-
-def own_clip(frames: int, ranks: int) -> ContextParallel:
+def own_clip(frames: int, ranks: int, attention: AttentionExchange = "heads") -> ContextParallel:
     """The time axis of this process when every `ranks` consecutive ranks of the world share a clip of `frames`.
 
     Collective: all ranks call it. ValueError when the world's size is no multiple of `ranks`.
     """
     group, _ = dist.new_subgroups(ranks)
     assert isinstance(group, dist.ProcessGroup)
-    return ContextParallel(frames, group)
+    return ContextParallel(frames, group, attention)
 
 
-def _even(count: int, parts: int) -> list[int]:
+def even(count: int, parts: int) -> list[int]:
     """`count` things shared out as evenly as can be, the first parts one more."""
     return [count // parts + (part < count % parts) for part in range(parts)]

@@ -59,7 +59,9 @@ class Worker:
         ).to(self.device)
         if self.stage.context_parallel > 1:
             frames = settings.config.latent_frames(self.stage.frames)
-            self.objective.time_axis = own_clip(frames, self.stage.context_parallel)
+            self.objective.time_axis = own_clip(frames, self.stage.context_parallel, self.stage.attention_exchange)
+        if self.stage.checkpoint_blocks:
+            self.objective.get_submodule("world_model").checkpoint_blocks = True  # type: ignore[assignment]
         self.trained = [p for p in self.objective.parameters() if p.requires_grad]
         self.engine = self._engine()
         if self.device.type == "cuda":
@@ -79,7 +81,7 @@ class Worker:
 
         deepspeed.logger.setLevel("ERROR")
         stage = self.stage
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": stage.grad_clip if stage.zero_stage else 0.0,
@@ -87,6 +89,9 @@ class Worker:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 30,
         }
+        if stage.offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False  # torch's own needs no compiler
         if self.device.type == "cuda" and stage.dtype == "bfloat16":
             # DeepSpeed turns off an autocast from outside. No safe modules: gradients are summed in float32.
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

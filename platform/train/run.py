@@ -100,7 +100,9 @@ def _config(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
 
 
 def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfig, folder: Path) -> None:
-    """ValueError when a world model to start from is of the wrong stage, or its blocks are of other kinds."""
+    """ValueError when a world model to start from is of the wrong stage, reads less of a camera, or its blocks are of
+    other kinds.
+    """
     record = folder.parent / "stage.json"
     if stage.init_from and record.is_file():
         trained = json.loads(record.read_text())["stage"]
@@ -110,6 +112,11 @@ def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfi
                 f"{stage.name} starts from the weights of {' or '.join(stage.init_from)}: "
                 f"{folder.parent} is a run of {trained['name']}"
             )
+    if saved.camera_branches not in ("both", config.camera_branches):
+        raise ValueError(
+            f"{folder} was trained with camera_branches {saved.camera_branches!r}, not {config.camera_branches!r}: "
+            f"--set model.camera_branches={saved.camera_branches}"
+        )
     if stage.objective == "vae" or saved.softmax_every == config.softmax_every:
         return
     if saved.softmax_every:

@@ -28,7 +28,11 @@ class Stage:
     options: keyword arguments of the objective. model: fields of the preset's configuration that this stage trains with
     other values. init_from: stages one of whose weights this one needs to start from.
     context_parallel: workers that share a clip, a stretch of its frames each; of the flow objective.
-    zero_stage: DeepSpeed ZeRO 0 to 3. dtype: what autocast computes in on a GPU; parameters stay float32.
+    attention_exchange: how they share softmax attention, by "heads" or in a "ring" (platform/parallel/context.py); more
+    workers a clip than the model has heads want the ring.
+    zero_stage: DeepSpeed ZeRO 0 to 3. offload: ZeRO keeps the optimizer's state in host memory, and updates there.
+    checkpoint_blocks: compute the world model's blocks once more in the backward pass instead of keeping what they
+    computed; of the flow objective. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
     mode compiles nothing.
     windows_per_clip: samples drawn from a clip each time it is read.
@@ -57,7 +61,10 @@ class Stage:
     seed: int = 0
     init_from: tuple[str, ...] = ()
     context_parallel: int = 1
+    attention_exchange: Literal["heads", "ring"] = "heads"
     zero_stage: int = 0
+    offload: bool = False
+    checkpoint_blocks: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     compile: str = ""
     compiled: tuple[str, ...] = ()
@@ -82,6 +89,15 @@ class Stage:
             raise ValueError(f"{self.name}: optimizer must be adamw or muon, schedule cosine or constant")
         if self.context_parallel < 1 or (self.context_parallel > 1 and self.objective != "flow"):
             raise ValueError(f"{self.name}: context_parallel must be at least 1, and 1 where no clip can be cut")
+        if self.attention_exchange not in ("heads", "ring"):
+            raise ValueError(f"attention_exchange {self.attention_exchange!r} must be heads or ring")
+        if self.offload and not self.zero_stage:
+            raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3, or offload=False")
+        if self.checkpoint_blocks and self.objective != "flow":
+            raise ValueError(f"{self.name}: checkpoint_blocks is for the flow objective alone: set it to False")
+        if self.checkpoint_blocks and self.compile == "reduce-overhead":
+            # CUDA graphs reuse the memory of a block's last run, and here it runs twice.
+            raise ValueError(f"{self.name}: checkpoint_blocks and CUDA graphs exclude each other: set compile=default")
         if self.optimizer == "muon" and self.zero_stage:
             raise ValueError("muon needs whole matrices, which ZeRO cuts up: set zero_stage=0 or optimizer=adamw")
         if self.zero_stage == 3 and self.ema:
@@ -142,6 +158,7 @@ _SANA_GDN = Stage(
     model=dict(softmax_every=0),
     seed=3407,
     zero_stage=3,
+    checkpoint_blocks=True,
 )
 
 
@@ -238,6 +255,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             init_from=("stage2_hybrid",),
             context_parallel=2,
             zero_stage=3,
+            checkpoint_blocks=True,
         ),
         Stage(
             # Published: the objective and the rank-384 LoRA. Batch, learning rate and steps are ours.

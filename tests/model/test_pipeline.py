@@ -76,6 +76,18 @@ def test_saved_weights_generate_the_same_video(pipeline, tmp_path):
     torch.testing.assert_close(generate(reloaded, image, [0]), generate(pipeline, image, [0]))
 
 
+def test_weights_that_read_less_of_a_camera_generate_without_the_rest(config, monkeypatch, tmp_path):
+    """The weights' own configuration says so, not the preset."""
+    monkeypatch.setitem(presets._PRESETS, "small", config)
+    WorldPipeline.from_config(dataclasses.replace(config, camera_branches="none")).save_pretrained(tmp_path)
+    pipeline = WorldPipeline.from_pretrained("small", tmp_path)
+    for parameter in pipeline._part("dit").parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    image, paths = np.zeros((64, 96, 3), dtype=np.uint8), [parse_actions(f"{key}-16", fov_deg=70) for key in "ws"]
+    ahead, back = (pipeline.generate([image], ["a hall"], [path], [0]) for path in paths)
+    assert torch.equal(ahead, back)
+
+
 def test_images_of_any_shape_are_cropped_to_the_presets(pipeline, tmp_path):
     Image.new("L", (31, 200), 7).save(tmp_path / "grey.png")
     assert pipeline.prepare_image(tmp_path / "grey.png").shape == (64, 96, 3)

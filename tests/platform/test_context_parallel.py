@@ -12,22 +12,35 @@ import torch.distributed as dist
 
 from longtake.jobs import check_parallel
 from longtake.model import presets
-from longtake.platform.parallel.compare import LIMIT, Layout, relative_errors
-from longtake.platform.parallel.context import ContextParallel
+from longtake.platform.parallel.compare import LIMIT, Comparison, Layout, Traffic, compare
+from longtake.platform.parallel.context import AttentionExchange, ContextParallel
+from longtake.platform.parallel.traffic import sent_in_a_block
 
 CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_heads=3)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("layout", [Layout(2, 7), Layout(3, 5), Layout(4, 5)], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(2, 7), Layout(3, 5), Layout(4, 5), Layout(2, 7, "ring"), Layout(4, 5, "ring")],
+    ids=lambda layout: layout.name,
+)
 def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
-    assert max(relative_errors(CONFIG, layout).values()) < LIMIT
+    found = compare(CONFIG, layout)
+    assert max(found.errors.values()) < LIMIT
+    assert all(sent.counted == sent.expected for sent in found.traffic)
+    assert {(sent.rank, sent.kind, sent.what) for sent in found.traffic} == {
+        (rank, *sent)
+        for rank in range(layout.ranks)
+        for sent in (("gdn", "states"), ("gdn", "halo"), ("softmax", "halo"), ("softmax", "attention"))
+    }
 
 
 @pytest.mark.multigpu
-def test_a_clip_cut_between_gpus_gives_the_same_gradients():
+@pytest.mark.parametrize("attention", ["heads", "ring"])
+def test_a_clip_cut_between_gpus_gives_the_same_gradients(attention: AttentionExchange):
     torch.set_float32_matmul_precision("highest")
-    assert max(relative_errors(CONFIG, Layout(2, 7), "cuda").values()) < LIMIT
+    assert max(compare(CONFIG, Layout(2, 7, attention), "cuda").errors.values()) < LIMIT
 
 
 @pytest.mark.cpu
@@ -41,18 +54,41 @@ def test_a_clip_of_fewer_frames_than_ranks_is_refused(tmp_path: Path):
 
 
 @pytest.mark.cpu
-def test_the_job_writes_the_errors_of_each_layout(monkeypatch):
+def test_the_job_writes_errors_and_bytes_of_each_layout(monkeypatch):
     written: dict[str, float] = {}
     errors = {"velocity": 1e-7, "loss": 0.0, "gradient": 2e-6}
-    monkeypatch.setattr(check_parallel, "relative_errors", lambda config, layout, device: errors)
+    traffic = [Traffic("gdn", "halo", 0, 10, 10), Traffic("gdn", "halo", 1, 12, 12)]
+    monkeypatch.setattr(check_parallel, "compare", lambda config, layout, device: Comparison(errors, traffic))
     monkeypatch.setattr(check_parallel.measurements, "write", lambda name, figures: written.update(figures, name=name))
-    check_parallel.main(["--layouts", "2x7"])
-    assert written == {"name": "context_parallel_cpu"} | {
+    command = ["--layouts", "2x7", "--attention", "heads"]
+    check_parallel.main(command)
+    assert written == {"name": "context_parallel_cpu", "most_gdn_halo_bytes_cp2_frames7": 12} | {
         f"worst_{what}_error_cp2_frames7": error for what, error in errors.items()
     }
+    traffic.append(Traffic("gdn", "states", 0, 5, 4))
+    with pytest.raises(ValueError, match="cp2_frames7: sends other bytes than"):
+        check_parallel.main(command)
     errors["gradient"] = 2e-5
     with pytest.raises(ValueError, match="worst_gradient_error_cp2_frames7: more than 1e-05"):
-        check_parallel.main(["--layouts", "2x7", "--no-write"])
+        check_parallel.main(command)
+
+
+@pytest.mark.cpu
+def test_bytes_by_the_maths_equal_those_counted_by_hand():
+    config = dataclasses.replace(CONFIG, head_dim=8, num_heads=3, hidden_size=24)
+    # Two clips, 4 bytes a number. To two ranks, 3 heads: a map of 8 x 8 and 8 x 8 a branch, one of 8 x 8 and 1 x 8.
+    # Halo, frames of 5 x 24 numbers: keys within 3 frames of the next rank, 3 a branch, and of the last, 2 a branch;
+    # within 1 frame of the next rank, 1 for the feed-forward.
+    assert sent_in_a_block(config, [4, 1, 2], [1, 1, 1], 0, 2, 5, softmax=False) == {
+        "states": 2 * 2 * 4 * 3 * (2 * 128 + 72),
+        "halo": 2 * 4 * 24 * 5 * (2 * (3 + 2) + 1),
+    }
+    assert sent_in_a_block(config, [4, 1, 2], [2, 1, 0], 0, 2, 5, softmax=True) == {
+        "halo": 2 * 4 * 24 * 5,
+        "attention": 2 * 4 * 2 * 8 * 5 * (3 * 4 * 1 + 3 * 2),  # one head of its own q, k and v; two of others' results
+    }
+    ring = sent_in_a_block(config, [4, 1, 2], None, 0, 2, 5, softmax=True)
+    assert ring["attention"] == 2 * 4 * 2 * 24 * 5 * 2 * (4 + 2)  # its own keys and values, then those of the last rank
 
 
 @pytest.mark.cpu

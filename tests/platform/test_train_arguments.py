@@ -21,11 +21,15 @@ pytestmark = pytest.mark.cpu
         (["--set", "batch_size"], "field=value"),
         (["--workers", "3"], "must be a multiple of workers / context_parallel"),
         (["--workers", "3", "--set", "context_parallel=2"], "3 workers must be a multiple of context_parallel 2"),
+        (["--set", "attention_exchange=star"], "attention_exchange 'star' must be heads or ring"),
         (["--workers", "16", "--set", "context_parallel=16"], "must be at most 11, the latent frames of a clip"),
         (["--max-minutes", "0"], "must be positive"),
         (["--data", "more=0"], "weights of corpora must be positive"),
         (["--data", "latents=2"], "is given twice"),
         (["--init", "."], "neither a run nor a weights folder"),
+        (["--set", "offload=True"], "offload is ZeRO's"),
+        (["--set", "model.camera_branches=rays"], "camera_branches 'rays' must be one of both, plucker, ucpe, none"),
+        (["--set", "checkpoint_blocks=True"], "exclude each other: set compile=default"),
         (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
     ],
 )
@@ -61,6 +65,23 @@ def test_a_stage_looks_at_where_its_weights_come_from(trained, softmax_every, st
     arguments = ["--data", "latents", "--init", str(tmp_path), "--dry-run"]
     with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
         run.run_stage(stage, arguments)
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "refused"),
+    [("plucker", "both", True), ("plucker", "plucker", False), ("none", "ucpe", True), ("both", "ucpe", False)],
+)
+def test_weights_that_read_less_of_a_camera_are_not_trained_with_more(trained, asked, refused, tmp_path, capsys):
+    for part in ("transformer", "text_encoder"):
+        (tmp_path / part).mkdir()
+    save_config(dataclasses.replace(presets.get("tiny"), camera_branches=trained), tmp_path)
+    arguments = ["--data", "latents", "--init", str(tmp_path), "--dry-run", "--set", f"model.camera_branches={asked}"]
+    with (
+        pytest.raises(ValueError, match=f"--set model.camera_branches={trained}")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        run.run_stage("stage3_minute", arguments)
 
 
 def test_a_stage_trains_the_preset_with_its_own_values(capsys):

@@ -1,0 +1,58 @@
+"""What a rank sends to those it shares a clip with, by what it is for: the maths that `Peers` is compared with.
+
+Legend: R ranks, n_r latent frames on rank r, S tokens a frame, B clips, H heads of D channels, C = H D, and b branches
+of attention (2 where the camera's rays are read). In one forward pass of a block, rank r sends, with e bytes a number:
+
+    states     (R - 1) B H D (2 D b + D + 1) e               of GDN blocks: to every other rank a map, D x D and D x D
+                                                             a branch, D x D and 1 x D of the normaliser; e is 4
+    halo       B C S (b f_r(K - 1) + f_r(k // 2)) e          key convolutions of size K (of GDN blocks alone), the
+                                                             feed-forward's of k; f_r(n): frames of r that lie within n
+                                                             frames of another rank's, counted for each of these
+    attention  b B S D (3 n_r (H - h_r) + (N - n_r) h_r) e   of softmax blocks, by heads: h_r heads are r's; of its
+                                                             frames the rest of q, k, v, of N - n_r others the result
+               b B S C 2 (N - n_{r+1}) e                     in a ring: keys and values of all ranks but the next
+
+Gradients go back over the same ways; in a ring, keys and values go round once more, and their gradients in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longtake.model.config import WorldModelConfig
+
+
+def sent_in_a_block(
+    config: WorldModelConfig,
+    counts: Sequence[int],
+    heads: Sequence[int] | None,
+    rank: int,
+    clips: int,
+    tokens: int,
+    softmax: bool,
+) -> dict[str, int]:
+    """The formulas above in float32: `counts` latent frames on each rank, `tokens` a frame.
+
+    heads: how many are each rank's, None for a ring.
+    """
+    d, size, branches = config.head_dim, config.hidden_size, 1 + config.reads_rays
+    halo = _reached(counts, rank, config.temporal_kernel_size // 2)
+    if not softmax:
+        states = (len(counts) - 1) * clips * size * (2 * d * branches + d + 1)
+        halo += branches * _reached(counts, rank, config.conv_kernel_size - 1)
+        return {"states": 4 * states, "halo": 4 * clips * size * tokens * halo}
+    held, elsewhere = counts[rank], sum(counts) - counts[rank]
+    if heads is None:
+        attention = 2 * size * (sum(counts) - counts[(rank + 1) % len(counts)])
+    else:
+        attention = d * (3 * held * (config.num_heads - heads[rank]) + elsewhere * heads[rank])
+    return {"halo": 4 * clips * size * tokens * halo, "attention": 4 * clips * branches * tokens * attention}
+
+
+def _reached(counts: Sequence[int], rank: int, reach: int) -> int:
+    owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
+    return sum(
+        len({owner for owner in owners[max(0, frame - reach) : frame + reach + 1]} - {rank})
+        for frame, owner in enumerate(owners)
+        if owner == rank
+    )

@@ -1,0 +1,48 @@
+"""What the network's options change, and what they do not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from longtake.model import WorldModel  # type: ignore[attr-defined]  # made in longtake/__init__.py
+from longtake.model.camera import CameraFeatures
+from longtake.model.parity import CASES
+
+pytestmark = pytest.mark.cpu
+
+
+def model_and_inputs(config):
+    torch.manual_seed(0)
+    model = WorldModel(config)
+    for parameter in model.parameters():  # zero-initialised projections would hide what stands before them
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model, dataclasses.replace(CASES[0], config=config).inputs()
+
+
+@pytest.mark.parametrize("branches", ["both", "plucker", "ucpe", "none"])
+def test_a_camera_is_read_as_far_as_the_configuration_says(branches, config):
+    model, (*inputs, camera) = model_and_inputs(dataclasses.replace(config, camera_branches=branches))
+    turned = CameraFeatures(camera.conditions.roll(1, dims=1), camera.plucker)
+    shifted = CameraFeatures(camera.conditions, camera.plucker.roll(1, dims=2))
+    with torch.no_grad():
+        velocity, by_rays, by_plucker = (model(*inputs, each) for each in (camera, turned, shifted))
+        blind = model(*inputs, None)
+    assert torch.equal(velocity, by_rays) == (branches in ("plucker", "none"))
+    assert torch.equal(velocity, by_plucker) == (branches in ("ucpe", "none"))
+    assert torch.equal(velocity, blind) == (branches == "none")
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients(config):
+    gradients = []
+    for again in (False, True):
+        model, inputs = model_and_inputs(config)
+        model.checkpoint_blocks = again
+        calls = []
+        model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
+        velocity = model(*inputs)
+        velocity.square().mean().backward()
+        assert len(calls) == 1 + again
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert (plain is None and recomputed is None) or torch.equal(plain, recomputed)
