@@ -22,6 +22,18 @@ LIMIT = 1e-4  # of the relative error
 OFFICIAL_TENSORS = 872
 
 
+def as_diffusers_computes(config: WorldModelConfig) -> WorldModelConfig:
+    """The preset with the options of the first release, which diffusers follows."""
+    return replace(
+        config,
+        contractive_gdn=False,
+        softmax_dtype="bfloat16",
+        ucpe_downscale=True,
+        softmax_scale_main="head_dim",
+        softmax_scale_camera="padded",
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison: a network, latent frames, rows, columns, a batch size, with or without a camera."""
@@ -128,15 +140,7 @@ def _forward(config: WorldModelConfig, tensors: dict[str, Tensor], *inputs: obje
     return model(*inputs)
 
 
-# diffusers computes as the first release does, whatever a preset says.
-_TINY = replace(
-    presets.get("tiny"),
-    contractive_gdn=False,
-    softmax_dtype="bfloat16",
-    ucpe_downscale=True,
-    softmax_scale_main="head_dim",
-    softmax_scale_camera="padded",
-)
+_TINY = as_diffusers_computes(presets.get("tiny"))
 _TRUE_HEADS = replace(_TINY, name="heads of 112", depth=4, hidden_size=224, num_heads=2, head_dim=112)
 _WIDE_HEADS = replace(
     _TINY, name="heads of 48", depth=5, hidden_size=144, num_heads=3, head_dim=48, mlp_ratio=3.0, softmax_every=2

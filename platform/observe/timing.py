@@ -1,0 +1,40 @@
+"""How long work takes on a device, and what the device can do at best, measured in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def milliseconds(work: Callable[[], Any], device: torch.device, least_seconds: float = 0.5) -> float:
+    """Median time of one call, after one that warms up; at least three calls, and as many as fill `least_seconds`."""
+    work()
+    _wait(device)
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 1e3 * least_seconds and len(times) < 200):
+        begin = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """TFLOP/s of a large product of square matrices and GB/s, read and written, of a copy that no cache holds."""
+    size, elements = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 24)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.empty(elements, device=device, dtype=torch.float32)
+    copy = torch.empty_like(source)
+    return {
+        "matmul_tflops": 2 * size**3 / milliseconds(lambda: a @ a, device) / 1e9,
+        "copy_gb_per_s": 2 * 4 * elements / milliseconds(lambda: copy.copy_(source), device) / 1e6,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,39 @@
+"""The job that times the network beside diffusers'."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from longtake.jobs import bench
+from longtake.platform.observe import measurements
+
+pytestmark = pytest.mark.cpu
+
+SMALL = ["--preset", "tiny", "--depth", "4", "--device", "cpu", "--gdn", "2", "--forward", "2", "--train", "1"]
+
+
+def test_it_writes_times_ratios_and_a_plot(tmp_path, monkeypatch):
+    write = measurements.write
+    monkeypatch.setattr(bench.measurements, "write", lambda name, figures: write(name, figures, folder=tmp_path))
+    bench.main([*SMALL, "--name", "speed_here"])
+    figures = json.loads((tmp_path / "speed_here.json").read_text())["figures"]
+    assert figures["forward_ratio_T2"] == pytest.approx(figures["forward_peer_ms_T2"] / figures["forward_ms_T2"])
+    assert figures["train_ms_T1"] > 0 and figures["gdn_layer_fwd_ms_T2"] > 0 and figures["matmul_tflops"] > 0
+    assert figures["error_ours"] < 1e-5 and figures["error_peer"] < 1e-3
+    assert (tmp_path / "speed_here.png").stat().st_size > 1000
+
+
+def test_no_speed_of_a_wrong_output(monkeypatch):
+    monkeypatch.setattr(bench.Pair, "_theirs", lambda self, inputs: -self._ours(inputs))
+    with pytest.raises(ValueError, match="differs from the peer's"):
+        bench.main([*SMALL, "--no-write"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--forward", "0"], "at least 1"), (["--name", "Not a name"], "lower-case words")]
+)
+def test_mistakes_are_named_before_a_model_is_built(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main([*SMALL, *arguments])
