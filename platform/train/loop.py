@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longtake.model.objectives import build_objective
+from longtake.model.objectives import Draws, build_objective
 from longtake.platform.parallel.context import own_clip
 from longtake.platform.train import checkpoint, results
 from longtake.platform.train.ema import EMA
@@ -144,17 +144,17 @@ class Worker:
                 self.waited = 0.0
 
     def _update(self, rate: float) -> None:
-        """One step of the optimiser over this worker's share of the batch. The same step draws the same numbers."""
+        """One step of the optimiser over this worker's share of the batch. A clip draws the same numbers wherever."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         self.loss = torch.zeros((), device=self.device)
         for part in range(self.accumulation):
-            number = (self.step * self.accumulation + part) * self.share.workers + self.share.rank
-            generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
+            first = self.share.start(self.step * self.accumulation + part)
+            draws = Draws(self.stage.seed, range(first, first + self.micro), self.device)
             begin = time.perf_counter()
             batch = next(self.batches)
             self.waited += time.perf_counter() - begin
-            loss, self.metrics = self.engine(batch, generator)
+            loss, self.metrics = self.engine(batch, draws)
             self.engine.backward(loss)
             if self.stage.grad_clip and not self.stage.zero_stage and part == self.accumulation - 1:
                 # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model.
