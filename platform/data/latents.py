@@ -104,7 +104,7 @@ class LatentStore:
         final = posixpath.join(self._root, f"{name}.parquet")
         partial = posixpath.join(self._root, f".{name}.{uuid.uuid4().hex}.partial")
         with self._fs.open(partial, "wb") as sink:
-            pq.write_table(table, sink, row_group_size=rows, compression="none")
+            pq.write_table(table, sink, row_group_size=rows, compression="none", write_page_checksum=True)
         self._fs.mv(partial, final)
 
     def shards(self) -> list[str]:

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from longtake.platform.observe import notices
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.observe.progress import Progress
 from longtake.platform.train.stages import Stage
 
 NAME = "metrics.jsonl"
+NOTICES = "notices.txt"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -64,14 +66,17 @@ class Log:
 
 @contextmanager
 def shown(folder: Path, stage: Stage, send: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
-    """Show the run's progress on the screen while the block waits for it, and `send` every new record."""
+    """Show the run's progress and notices on the screen while the block waits for it, and `send` every new record."""
     ended = threading.Event()
+    (folder / NOTICES).unlink(missing_ok=True)
     old = max((record["step"] for record in read(folder)), default=0)
 
     def follow() -> None:
         progress, sent, last = None, old, False
         while not last:
             last = ended.wait(1)
+            for line in notices.read(folder / NOTICES):
+                notices.say(line)
             records = read(folder)
             for record in records:
                 if send and record["step"] > sent:

@@ -21,10 +21,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longtake.model.objectives import Draws, build_objective
+from longtake.platform.observe import notices
 from longtake.platform.parallel.context import own_clip
-from longtake.platform.train import checkpoint, results
+from longtake.platform.train import checkpoint, log, results
 from longtake.platform.train.ema import EMA
-from longtake.platform.train.feed import Batch, ClipSource, draw, open_sources, stream
+from longtake.platform.train.feed import Batch, LatentSource, Mixed, Source, draw, open_sources, stream
 from longtake.platform.train.log import Log
 from longtake.platform.train.muon import Muon, matrices_and_others
 from longtake.platform.train.order import Share
@@ -33,9 +34,13 @@ from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
 
 
-def train(settings: Settings) -> None:
-    """What every Ray Train worker runs: the stage from its newest checkpoint to its end."""
-    worker = Worker(settings)
+def train(settings: Settings, source: Source | None = None) -> None:
+    """What every Ray Train worker runs: the stage from its newest checkpoint to its end.
+
+    source: the stage's clips; by default the worker looks for them itself.
+    """
+    os.environ[notices.FILE] = str(settings.folder / log.NOTICES)
+    worker = Worker(settings, source or open_sources(settings.stage, settings.config, settings.data))
     worker.run()
     worker.close()
 
@@ -43,8 +48,8 @@ def train(settings: Settings) -> None:
 class Worker:
     """One rank: module, optimiser, samples, and the step that it has reached."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.stage = settings, settings.stage
+    def __init__(self, settings: Settings, source: Source) -> None:
+        self.settings, self.stage, self.source = settings, settings.stage, source
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -108,19 +113,18 @@ class Worker:
 
     def _batches(self) -> Iterator[Batch]:
         """This worker's micro-batches from the one that it has reached."""
-        stage, settings = self.stage, self.settings
+        stage = self.stage
         first, count = self.step * self.accumulation, (stage.steps - self.step) * self.accumulation
-        source = open_sources(stage, settings.config, settings.data)
         if stage.cache and stage.objective != "vae":
-            assert not isinstance(source, ClipSource)
+            assert isinstance(self.source, LatentSource | Mixed)
             where = self.device if stage.cache == "device" else torch.device("cpu")
-            return draw(source, where, self.share, first, count, self.device)
-        return stream(source, self.share, first, count, self.device)
+            return draw(self.source, where, self.share, first, count, self.device)
+        return stream(self.source, self.share, first, count, self.device)
 
     def run(self) -> None:
         """Train until the steps or the minutes are used up; ends with a checkpoint, the weights and their pictures."""
         stage = self.stage
-        log = Log(self.settings.folder, stage, self.step, *self._clip_costs()) if self.rank == 0 else None
+        records = Log(self.settings.folder, stage, self.step, *self._clip_costs()) if self.rank == 0 else None
         while True:
             seconds = self.clock.tick(self.step)
             progress = self.clock.progress(self.step)
@@ -139,8 +143,8 @@ class Worker:
                 if stage.zero_stage and (norm := self.engine.get_global_grad_norm()) is not None:
                     self.metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
                 values = self._averaged({"loss": self.loss, **self.metrics})
-                if log:
-                    log.write(self.step, values, rate, self.clock.now(), self.waited)
+                if records:
+                    records.write(self.step, values, rate, self.clock.now(), self.waited)
                 self.waited = 0.0
 
     def _update(self, rate: float) -> None:
