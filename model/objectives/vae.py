@@ -60,7 +60,8 @@ class VAEObjective(Objective):
         """Moving average of each channel's first and second moment, from which `export` normalises the latents."""
         moments = torch.stack([mean.mean((0, 2, 3, 4)), mean.square().mean((0, 2, 3, 4))])
         fresh = self.latent_moments.abs().sum() == 0
-        self.latent_moments.copy_(torch.where(fresh, moments, self.latent_moments.lerp(moments, 1 - momentum)))
+        average = torch.where(fresh, moments, self.latent_moments.lerp(moments, 1 - momentum))
+        self.latent_moments.copy_(torch.where(moments.isfinite().all(), average, self.latent_moments))
 
     @torch.no_grad()
     def sample(self, batch: Batch, draws: Draws) -> Tensor:

@@ -125,6 +125,14 @@ def test_exported_latents_have_unit_scale(config, tmp_path):
     assert abs(latents.mean()) < 0.1 and 0.8 < latents.std() < 1.2
 
 
+def test_latents_that_are_not_finite_do_not_spoil_the_scale(config):
+    objective = VAEObjective(config)
+    objective._track(torch.ones(2, config.latent_channels, 1, 2, 3))
+    before = objective.latent_moments.clone()
+    objective._track(torch.full((2, config.latent_channels, 1, 2, 3), torch.inf))
+    assert torch.equal(objective.latent_moments, before) and before.any()
+
+
 def test_a_frozen_encoder_keeps_its_latents(config, tmp_path):
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8)
