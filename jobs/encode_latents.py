@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 
@@ -75,7 +74,7 @@ def encode(
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
     open_with(f"{store.uri}/{shards[0]}.parquet", SCHEMA.names)
-    _claim(latents, {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
+    LatentStore(latents).claim({"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
     done = set(LatentStore(latents).shards())
     left = [name for name in shards if name not in done]
     if not left:
@@ -190,18 +189,6 @@ def _encoded(clip: Clip, latents: np.ndarray) -> EncodedClip:
         clip.split,
         clip.licence,
     )
-
-
-def _claim(latents: str, encoding: dict[str, Any]) -> None:
-    """Note in the latent store how it is encoded. ValueError when that was otherwise."""
-    fs, root = fsspec.core.url_to_fs(latents)
-    path = f"{root.rstrip('/')}/encoding.json"
-    if fs.exists(path):
-        if (found := json.loads(fs.cat_file(path))) != encoding:
-            raise ValueError(f"{latents} holds latents of {found}, not of {encoding}: choose another --latents")
-        return
-    fs.makedirs(root, exist_ok=True)
-    fs.pipe_file(path, json.dumps(encoding).encode())
 
 
 def _digest(folder: Path) -> str:

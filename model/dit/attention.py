@@ -23,14 +23,21 @@ from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 @dataclass
 class Positions:
     """Where tokens are, the same for all blocks: rope (N, D / 2, 2), camera_rope (N, D / 4, 2), and of the camera
-    ray_from_world (B, N, 4, 4) with its inverse, both float32, or None without a camera; the axis of all frames."""
+    ray_from_world (B, N, 4, 4) with its inverse, both float32, or None without a camera; camera_seen (B, 1, 1), false
+    for clips whose camera is left out, or None where none is; the axis of all frames.
+    """
 
     frames: int
     rope: Tensor
     camera_rope: Tensor
     ray_from_world: Tensor | None = None
     world_from_ray: Tensor | None = None
+    camera_seen: Tensor | None = None
     time: TimeAxis = WHOLE_CLIP
+
+    def seen(self, of_camera: Tensor) -> Tensor:
+        """What a camera adds to the tokens, (B, N, C), where it is seen."""
+        return of_camera if self.camera_seen is None else of_camera * self.camera_seen.to(of_camera.dtype)
 
 
 class ShortConv(nn.Module):
@@ -93,7 +100,7 @@ class DualBranchAttention(nn.Module):
         out = mixed.to(x.dtype).flatten(2)
         if mixed_camera is not None:
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
-            out = out + self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2))
+            out = out + at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
         return self.proj((out * F.silu(self.output_gate(x).float())).to(x.dtype))
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:

@@ -104,7 +104,7 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).chunk(6, dim=2)
         x = x + per_frame(gate_a, self.attn(modulate(x, shift_a, scale_a), at))
         if plucker is not None:
-            x = x + self.plucker_proj(plucker)
+            x = x + at.seen(self.plucker_proj(plucker))
         x = x + self.cross_attn(x, text, mask)
         return x + per_frame(gate_m, self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
 
@@ -185,11 +185,13 @@ class WorldModel(nn.Module):
         text_mask: Tensor,
         camera: CameraFeatures | None = None,
         time_axis: TimeAxis = WHOLE_CLIP,
+        camera_seen: Tensor | None = None,
     ) -> Tensor:
         """Velocity noise - x0, (B, C, T, h, w) like `latents`.
 
         timestep (B, T) in [0, 1000]; text (B, L, D_text); text_mask (B, L), nonzero for real tokens. Where the time
-        axis holds a stretch of the clip, latents, timestep and camera are that stretch's.
+        axis holds a stretch of the clip, latents, timestep and camera are that stretch's. camera_seen (B,): false for
+        clips that are to be as if they had no camera.
         """
         grid = latents.shape[2:]
         dtype = self.x_embedder.proj.weight.dtype
@@ -199,6 +201,8 @@ class WorldModel(nn.Module):
         y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
         rays = camera if self.config.reads_rays else None
         at, plucker = self._positions(grid, rays, latents.device, time_axis), None
+        if camera_seen is not None:
+            at.camera_seen = camera_seen[:, None, None]
         if camera is not None and self.config.reads_plucker:
             plucker = self.plucker_embedder(camera.plucker.to(dtype))
         others = y, text_mask.bool(), modulation, at, plucker, tuple(grid)
@@ -222,7 +226,7 @@ class WorldModel(nn.Module):
         with torch.autocast(device.type, enabled=False):
             ray_from_world, world_from_ray = ray_matrices(camera.conditions.float(), grid[1], grid[2])
         rays = ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3)
-        return Positions(frames, rope, camera_rope, *rays, time)
+        return Positions(frames, rope, camera_rope, *rays, time=time)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

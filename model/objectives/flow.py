@@ -12,8 +12,9 @@ from longtake.model import weights
 from longtake.model.camera import CameraFeatures, camera_features
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
+from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.objective import Batch, Loss, Objective
-from longtake.model.samplers.flow_euler import euler, sample_training_sigma, schedule
+from longtake.model.samplers.flow_euler import euler, schedule, training_sigma
 from longtake.model.text import build_text_encoder
 
 
@@ -21,8 +22,8 @@ class FlowObjective(Objective):
     """Flow matching of the stage-1 network (section 4.2), its text encoder trained along when it is a small one.
 
     A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
-    image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves the
-    camera out of a batch. replace_gdn: weights to start from may have GDN in every block; those that are softmax
+    image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves a
+    clip's camera out. replace_gdn: weights to start from may have GDN in every block; those that are softmax
     attention here begin with the replaced ones' weights. batch: latents, c2w, intrinsics, tokens int64 (B, L),
     tokens_mask bool (B, L).
 
@@ -51,25 +52,21 @@ class FlowObjective(Objective):
         self.shift = config.sampler.shift if shift is None else shift
         self.replace_gdn = replace_gdn
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+    def forward(self, batch: Batch, draws: Draws) -> Loss:
         latents = batch["latents"].float()
-        count, device = latents.shape[0], latents.device
-        sigma = sample_training_sigma(count, self.shift, generator)
-        keep_image = torch.rand(count, generator=generator, device=device) < self.image_condition
+        sigma = training_sigma(draws.normal(), self.shift)
+        keep_image = draws.uniform() < self.image_condition
         frame_sigma = sigma[:, None].repeat(1, latents.shape[2])
         frame_sigma[:, 0] *= ~keep_image
-        noise = torch.randn(latents.shape, generator=generator, device=device)
+        noise = draws.normal(*latents.shape[1:])
         level = frame_sigma[:, None, :, None, None]
         noisy = (1 - level) * latents + level * noise
-        text, mask = self.encode_text(batch, generator)
-        leave_out = torch.rand(count, generator=generator, device=device)[0] < self.camera_dropout
-        camera = None if self.camera_dropout and bool(leave_out) else self.camera(batch)
-        axis = self.time_axis
-        if camera is not None:
-            camera = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
-        velocity = self.world_model(
-            axis.held(noisy, 2), 1000 * axis.held(frame_sigma, 1), text, mask, camera, time_axis=axis
-        ).float()
+        text, mask = self.encode_text(batch, draws)
+        seen = draws.uniform() >= self.camera_dropout if self.camera_dropout else None
+        axis, camera = self.time_axis, self.camera(batch)
+        camera = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
+        timestep = 1000 * axis.held(frame_sigma, 1)
+        velocity = self.world_model(axis.held(noisy, 2), timestep, text, mask, camera, axis, seen).float()
         error = (velocity - axis.held(noise - latents, 2)).square().mean((1, 3, 4))
         counted = torch.ones_like(frame_sigma)
         counted[:, 0] = (~keep_image).float()
@@ -87,30 +84,36 @@ class FlowObjective(Objective):
                 batch["c2w"].float(), batch["intrinsics"].float(), self.config.image_size, self.config.vae_stride
             )
 
-    def encode_text(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def encode_text(self, batch: Batch, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Caption features and mask, a random part of them replaced by the null caption."""
         mask = batch["tokens_mask"]
         text = self.text(batch["tokens"], mask)
-        if generator is None:
+        if draws is None:
             return text, mask
-        drop = torch.rand(len(mask), generator=generator, device=mask.device) < self.caption_dropout
+        drop = draws.uniform() < self.caption_dropout
         text = torch.where(drop[:, None, None], self.world_model.null_caption.to(text.dtype), text)
         return text, mask | drop[:, None]
 
     @torch.no_grad()
-    def sample(self, batch: Batch, generator: torch.Generator, num_steps: int | None = None) -> Tensor:
+    def sample(self, batch: Batch, draws: Draws, num_steps: int | None = None) -> Tensor:
         """Latents (B, C, T, h, w) generated from each clip's first latent frame, caption and camera."""
         latents = batch["latents"].float()
-        start = torch.randn(latents.shape, generator=generator, device=latents.device)
+        start = draws.normal(*latents.shape[1:])
         start[:, :, :1] = latents[:, :, :1]
         return self.denoise(
             batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift)
         )
 
-    def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor) -> Tensor:
+    def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor, highest: Tensor | None = None) -> Tensor:
+        """`start` integrated along `sigmas`, times the clip's own `highest` (B,) where that is given."""
         text, mask = self.encode_text(batch)
         camera = self.camera(batch)
-        return euler(lambda x, t: self.world_model(x, t, text, mask, camera), start, sigmas, frozen_frames=1)
+        share = start.new_ones(len(start)) if highest is None else highest
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:  # by `sigmas`, of which a clip's are a share
+            return share[:, None, None, None, None] * self.world_model(x, share[:, None] * timestep, text, mask, camera)
+
+        return euler(velocity, start, sigmas, frozen_frames=1)
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         weights.save_part(self.world_model, folder, "dit", dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
+from longtake.model.objectives.draws import Draws
 
 Batch = dict[str, Tensor]
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -27,11 +28,11 @@ class Objective(nn.Module, ABC):
     time_axis: TimeAxis = WHOLE_CLIP
 
     @abstractmethod
-    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+    def forward(self, batch: Batch, draws: Draws) -> Loss:
         """The loss, and what else is worth logging."""
 
     @abstractmethod
-    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def sample(self, batch: Batch, draws: Draws) -> Tensor:
         """What the weights make of a batch, without gradients."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
+from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.objective import Batch, Loss, Objective
 from longtake.model.refiner import Refiner
@@ -28,15 +29,14 @@ class RefinerObjective(Objective):
         self.refiner = Refiner(config)
         self.stage1 = FlowObjective(config).requires_grad_(False)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+    def forward(self, batch: Batch, draws: Draws) -> Loss:
         target = batch["latents"].float()
-        count, device = target.shape[0], target.device
         text, mask = self.stage1.encode_text(batch)
         first = self.config.refiner.sigmas[0]
-        coarse = self.stage1_reconstruction(batch, generator)
-        noise = torch.randn(target.shape, generator=generator, device=device)
+        coarse = self.stage1_reconstruction(batch, draws)
+        noise = draws.normal(*target.shape[1:])
         start = (1 - first) * coarse + first * noise
-        along = torch.rand(count, generator=generator, device=device)
+        along = draws.uniform()
         frame_along = along[:, None].repeat(1, target.shape[2])
         frame_along[:, 0] = 0
         level = frame_along[:, None, :, None, None]
@@ -45,21 +45,20 @@ class RefinerObjective(Objective):
         return error, {"coarse_mse": (coarse - target).square().mean()}
 
     @torch.no_grad()
-    def stage1_reconstruction(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Stage 1's x_l: the clip noised to one random sigma of the batch and denoised in a few steps."""
+    def stage1_reconstruction(self, batch: Batch, draws: Draws) -> Tensor:
+        """Stage 1's x_l: each clip noised to a random sigma and denoised in a few steps."""
         target = batch["latents"].float()
-        high = torch.rand((), generator=generator, device=target.device).item() * 0.4 + 0.55
-        noise = torch.randn(target.shape, generator=generator, device=target.device)
-        start = (1 - high) * target + high * noise
+        highest = draws.uniform() * 0.4 + 0.55
+        level = highest[:, None, None, None, None]
+        start = (1 - level) * target + level * draws.normal(*target.shape[1:])
         start[:, :, :1] = target[:, :, :1]
-        return self.stage1.denoise(batch, start, high * torch.linspace(1, 0, self.stage1_steps + 1))
+        return self.stage1.denoise(batch, start, torch.linspace(1, 0, self.stage1_steps + 1), highest)
 
     @torch.no_grad()
-    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def sample(self, batch: Batch, draws: Draws) -> Tensor:
         """Refined stage-1 generations (B, C, T, h, w)."""
-        coarse = self.stage1.sample(batch, generator)
-        noise = torch.randn(coarse.shape, generator=generator, device=coarse.device)
-        return self.refiner.refine(coarse, noise, *self.stage1.encode_text(batch))
+        coarse = self.stage1.sample(batch, draws)
+        return self.refiner.refine(coarse, draws.normal(*coarse.shape[1:]), *self.stage1.encode_text(batch))
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         weights.save_part(self.refiner, folder, "refiner", dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
+from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.objective import Batch, Loss, Objective
 from longtake.model.vae import build_vae, to_pixels, to_uint8
 
@@ -38,13 +39,13 @@ class VAEObjective(Objective):
         self.squared_weight, self.edge_weight, self.kl_weight = squared_weight, edge_weight, kl_weight
         self.register_buffer("latent_moments", torch.zeros(2, config.latent_channels), persistent=True)
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> Loss:
+    def forward(self, batch: Batch, draws: Draws) -> Loss:
         pixels = to_pixels(batch["frames"])
-        mirror = torch.rand(len(pixels), generator=generator, device=pixels.device) < 0.5
+        mirror = draws.uniform() < 0.5
         pixels = torch.where(mirror[:, None, None, None, None], pixels.flip(-1), pixels)
         posterior = self.vae.encode(pixels, return_dict=False)[0]
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        noise = draws.normal(*mean.shape[1:])
         decoded = self.vae.decode(mean + (0.5 * logvar).exp() * noise, return_dict=False)[0]
         error = decoded.float() - pixels
         squared = error.square().mean()
@@ -59,10 +60,11 @@ class VAEObjective(Objective):
         """Moving average of each channel's first and second moment, from which `export` normalises the latents."""
         moments = torch.stack([mean.mean((0, 2, 3, 4)), mean.square().mean((0, 2, 3, 4))])
         fresh = self.latent_moments.abs().sum() == 0
-        self.latent_moments.copy_(torch.where(fresh, moments, self.latent_moments.lerp(moments, 1 - momentum)))
+        average = torch.where(fresh, moments, self.latent_moments.lerp(moments, 1 - momentum))
+        self.latent_moments.copy_(torch.where(moments.isfinite().all(), average, self.latent_moments))
 
     @torch.no_grad()
-    def sample(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def sample(self, batch: Batch, draws: Draws) -> Tensor:
         """True frames beside reconstructed ones: uint8 (F, H, 2 W, 3)."""
         frames = batch["frames"][:1]
         posterior = self.vae.encode(to_pixels(frames), return_dict=False)[0]

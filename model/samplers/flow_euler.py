@@ -23,9 +23,8 @@ def schedule(num_steps: int, shift: float) -> Tensor:
     return shift_sigma(torch.linspace(1, 0, num_steps + 1), shift)
 
 
-def sample_training_sigma(batch: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Logit-normal(0, 1) sigmas (batch,), shifted, on the generator's device."""
-    normal = torch.randn(batch, generator=generator, device=generator.device)
+def training_sigma(normal: Tensor, shift: float) -> Tensor:
+    """Logit-normal(0, 1) sigmas from standard normal numbers, shifted."""
     return shift_sigma(normal.sigmoid(), shift)
 
 

@@ -7,6 +7,7 @@ frames give T = (F - 1) / 8 + 1.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,16 @@ class LatentStore:
         self.uri = str(uri).rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.uri)
 
+    def claim(self, encoding: dict[str, Any]) -> None:
+        """Note how the store is encoded. ValueError when that was otherwise."""
+        path = posixpath.join(self._root, "encoding.json")
+        if self._fs.exists(path):
+            if (found := json.loads(self._fs.cat_file(path))) != encoding:
+                raise ValueError(f"{self.uri} holds latents of {found}, not of {encoding}: choose another --latents")
+            return
+        self._fs.makedirs(self._root, exist_ok=True)
+        self._fs.pipe_file(path, json.dumps(encoding).encode())
+
     def write_shard(self, name: str, clips: Iterable[EncodedClip]) -> None:
         """Write one shard; readers see it only when it is whole. ValueError when there are no clips."""
         table = pa.Table.from_pylist([clip.row() for clip in clips], schema=_SCHEMA)
@@ -104,7 +115,7 @@ class LatentStore:
         final = posixpath.join(self._root, f"{name}.parquet")
         partial = posixpath.join(self._root, f".{name}.{uuid.uuid4().hex}.partial")
         with self._fs.open(partial, "wb") as sink:
-            pq.write_table(table, sink, row_group_size=rows, compression="none")
+            pq.write_table(table, sink, row_group_size=rows, compression="none", write_page_checksum=True)
         self._fs.mv(partial, final)
 
     def shards(self) -> list[str]:

@@ -47,6 +47,10 @@ SCHEMA = pa.schema(
 _SUFFIX = ".parquet"
 
 
+class DamagedShard(ValueError):
+    """A shard, or a part of one, is not what was written."""
+
+
 class ClipStore:
     """Clips under `uri`: a local folder or s3://bucket/prefix (another endpoint through AWS_ENDPOINT_URL).
 
@@ -177,7 +181,8 @@ class ClipStore:
     def _file(self, name: str) -> pq.ParquetFile:
         path = self._path(name)
         with self._told(path):
-            return pq.ParquetFile(path if self._local else self._fs.open(path, "rb"))
+            file = path if self._local else self._fs.open(path, "rb")
+            return pq.ParquetFile(file, page_checksum_verification=True)
 
     def _column(self, name: str, column: str) -> list[Any]:
         file = self._file(name)
@@ -199,7 +204,7 @@ def telling(path: str, local: bool) -> Iterator[None]:
     try:
         yield
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole shard: delete it and make it again ({_line(error)})") from error
+        raise DamagedShard(f"{path} is not a whole shard: delete it and make it again ({_line(error)})") from error
     except PermissionError as error:
         advice = "check the folder's permissions" if local else CREDENTIALS
         raise PermissionError(f"access to {path} was denied: {advice}") from error
@@ -207,7 +212,7 @@ def telling(path: str, local: bool) -> Iterator[None]:
         # Arrow reports a corrupt page as a bare OSError; those of the system carry an errno, those of a slow network
         # are timeouts.
         if error.errno is None and not isinstance(error, (FileNotFoundError, TimeoutError)):
-            raise ValueError(f"{path} is damaged: delete it and make it again ({_line(error)})") from error
+            raise DamagedShard(f"{path} is damaged: delete it and make it again ({_line(error)})") from error
         error.filename = error.filename or path  # a full disk does not say where it is
         raise
 
@@ -275,7 +280,8 @@ def decode_clip(row: Mapping[str, Any], start: int | None = None, stop: int | No
 def _write(file: Any, clips: Iterable[Clip]) -> None:
     keys: set[str] = set()
     # JPEG does not compress again.
-    with pq.ParquetWriter(file, SCHEMA, compression="none", use_dictionary=False) as writer:
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    with pq.ParquetWriter(file, SCHEMA, **options) as writer:
         for clip in clips:
             if clip.key in keys:
                 raise ValueError(f"two clips of one shard have the key {clip.key!r}")

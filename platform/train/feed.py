@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
 from longtake.platform.data.latents import COLUMNS, LatentStore, decode_row
-from longtake.platform.data.store import ClipStore
+from longtake.platform.data.store import ClipStore, DamagedShard
+from longtake.platform.observe.notices import say
 from longtake.platform.train.order import Mixture, Order, Share
 from longtake.platform.train.rows import RowIndex, index_rows
 from longtake.platform.train.stages import Corpora, Stage
@@ -52,26 +53,29 @@ class ClipSource:
 
     def batch(self, start: int, count: int) -> Arrays:
         rows = self.order.rows(start, count)
+        return {"frames": self.index.whole(rows, lambda rows, at: self._read(rows, start + at))}
+
+    def _read(self, rows: np.ndarray, samples: np.ndarray) -> np.ndarray:
         clips = self.index.columns(rows, ["frames"])
-        out = np.empty((count, self.window, *self.image_size, 3), np.uint8)
+        out = np.empty((len(rows), self.window, *self.image_size, 3), np.uint8)
         for n, clip in enumerate(clips):
             frames = clip["frames"].values
             if len(frames) < self.window:
                 raise ValueError(f"a clip has {len(frames)} frames: set window={len(frames)} or less with --set")
-            first = int(self.order.generator(start + n).integers(len(frames) - self.window + 1))
-            try:
-                for k in range(self.window):
-                    _decode_jpeg(np.frombuffer(frames[first + k].as_buffer(), np.uint8), out[n, k])
-            except ValueError as error:
-                raise ValueError(f"{self.index.paths[self.index.file[rows[n]]]}: {error}") from None
-        return {"frames": out}
+            first = int(self.order.generator(int(samples[n])).integers(len(frames) - self.window + 1))
+            for k in range(self.window):
+                data = np.frombuffer(frames[first + k].as_buffer(), np.uint8)
+                _decode_jpeg(data, out[n, k], self.index.paths[self.index.file[rows[n]]])
+        return out
 
 
-def _decode_jpeg(data: np.ndarray, out: np.ndarray) -> None:
+def _decode_jpeg(data: np.ndarray, out: np.ndarray, path: str) -> None:
     image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    if image is None or image.shape != out.shape:
-        found = "damaged" if image is None else f"of {image.shape[0]} x {image.shape[1]} pixels"
-        raise ValueError(f"a stored frame is {found}, the preset needs {out.shape[0]} x {out.shape[1]}")
+    if image is None:
+        raise DamagedShard(f"{path}: a stored frame is damaged")
+    if image.shape != out.shape:
+        found, needed = (f"{shape[0]} x {shape[1]}" for shape in (image.shape, out.shape))
+        raise ValueError(f"{path}: a stored frame is of {found} pixels, the preset needs {needed}")
     cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
 
 
@@ -87,6 +91,9 @@ class LatentSource:
         return self.read(self.order.rows(start, count))
 
     def read(self, rows: np.ndarray) -> Arrays:
+        return self.index.whole(rows, lambda rows, _: self._read(rows))
+
+    def _read(self, rows: np.ndarray) -> Arrays:
         clips = [decode_row(row) for row in self.index.read(rows, COLUMNS)]
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
         return {
@@ -134,12 +141,14 @@ def open_sources(
 def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "train") -> ClipSource | LatentSource:
     """The stage's clips.
 
-    ValueError when the split has none, when they are of the other kind, encoded or not, when a shard is damaged, and
-    when the first clip does not fit the configuration.
+    Shards that are damaged are said and left out. ValueError when the split has none, when they are of the other kind,
+    encoded or not, when all shards are damaged, and when the first clip does not fit the configuration.
     """
     store = ClipStore(uri) if stage.objective == "vae" else LatentStore(uri)
     column, job = ("frames", "render-worlds") if stage.objective == "vae" else ("latents", "encode-latents")
     index = index_rows([f"{store.uri}/{name}.parquet" for name in store.shards()], split=split)
+    for damage in index.damaged:
+        say(f"{damage}; going on without its clips")
     if not len(index):
         raise ValueError(f"{uri} has no {split} clips: make some with `longtake {job}`")
     if column not in index.stored:
@@ -188,9 +197,10 @@ def stream(
     try:
         for batch in loader:
             yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         # A process' error arrives with its traceback as its message.
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+        line, kind = str(error).strip().splitlines()[-1], type(error)
+        raise kind(line.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__name__}: ")) from None
 
 
 def draw(

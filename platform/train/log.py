@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from longtake.platform.observe import notices
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.observe.progress import Progress
 from longtake.platform.train.stages import Stage
 
 NAME = "metrics.jsonl"
+NOTICES = "notices.txt"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -26,7 +27,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """One JSON object a line: step, seconds, loss, the objective's metrics, lr, clips_per_second, and what a GPU does:
+    """One JSON object a line: step, seconds, loss and the objective's metrics of the last update that was made, skipped
+    (updates since the last record that were not, for gradients that are not finite), lr, clips_per_second, and of a GPU
     tokens_per_second of one worker, mfu (share of its peak FLOP/s that the model's own FLOPs take), data_wait (share of
     the time that the first worker waits for its batches) and memory_gib (its peak so far).
     """
@@ -42,12 +44,7 @@ class Log:
         self._step, self._time = step, time.monotonic()
 
     def write(self, step: int, values: dict[str, float], rate: float, seconds: float, waited: float = 0) -> None:
-        """waited: seconds spent on waiting for batches since the last call. ValueError when the loss is not finite."""
-        if not math.isfinite(values["loss"]):
-            raise ValueError(
-                f"the loss is {values['loss']} at step {step}: lower learning_rate (now {self.stage.learning_rate}) "
-                "with --set; run again to go on from the last checkpoint"
-            )
+        """waited: seconds spent on waiting for batches since the last call."""
         now = time.monotonic()
         elapsed = now - self._time
         speed = (step - self._step) * self.stage.batch_size / elapsed
@@ -64,14 +61,17 @@ class Log:
 
 @contextmanager
 def shown(folder: Path, stage: Stage, send: Callable[[dict[str, Any]], None] | None = None) -> Iterator[None]:
-    """Show the run's progress on the screen while the block waits for it, and `send` every new record."""
+    """Show the run's progress and notices on the screen while the block waits for it, and `send` every new record."""
     ended = threading.Event()
+    (folder / NOTICES).unlink(missing_ok=True)
     old = max((record["step"] for record in read(folder)), default=0)
 
     def follow() -> None:
         progress, sent, last = None, old, False
         while not last:
             last = ended.wait(1)
+            for line in notices.read(folder / NOTICES):
+                notices.say(line)
             records = read(folder)
             for record in records:
                 if send and record["step"] > sent:

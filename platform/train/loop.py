@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longtake.model.objectives import build_objective
+from longtake.model.objectives import Draws, build_objective
+from longtake.platform.observe import notices
+from longtake.platform.observe.notices import say
 from longtake.platform.parallel.context import own_clip
-from longtake.platform.train import checkpoint, results
+from longtake.platform.train import checkpoint, log, results
 from longtake.platform.train.ema import EMA
-from longtake.platform.train.feed import Batch, ClipSource, draw, open_sources, stream
+from longtake.platform.train.feed import Batch, LatentSource, Mixed, Source, draw, open_sources, stream
 from longtake.platform.train.log import Log
 from longtake.platform.train.muon import Muon, matrices_and_others
 from longtake.platform.train.order import Share
@@ -32,10 +34,16 @@ from longtake.platform.train.schedule import Clock, learning_rate
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
 
+_MOST_SKIPPED = 10  # updates in a row
 
-def train(settings: Settings) -> None:
-    """What every Ray Train worker runs: the stage from its newest checkpoint to its end."""
-    worker = Worker(settings)
+
+def train(settings: Settings, source: Source | None = None) -> None:
+    """What every Ray Train worker runs: the stage from its newest checkpoint to its end.
+
+    source: the stage's clips; by default the worker looks for them itself.
+    """
+    os.environ[notices.FILE] = str(settings.folder / log.NOTICES)
+    worker = Worker(settings, source or open_sources(settings.stage, settings.config, settings.data))
     worker.run()
     worker.close()
 
@@ -43,8 +51,8 @@ def train(settings: Settings) -> None:
 class Worker:
     """One rank: module, optimiser, samples, and the step that it has reached."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.stage = settings, settings.stage
+    def __init__(self, settings: Settings, source: Source) -> None:
+        self.settings, self.stage, self.source = settings, settings.stage, source
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -70,8 +78,10 @@ class Worker:
         self.step, seconds = self._resume()
         self.clock = Clock(self.stage.steps, settings.max_minutes and 60 * settings.max_minutes, seconds)
         self.saved_step, self.saved_seconds = self.step, seconds
+        # Of the last update that was made.
         self.loss = torch.zeros(())
-        self.metrics: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor | float] = {}
+        self.skipped = self.skipped_in_a_row = 0
         self.waited = 0.0
         self.batches = self._batches()
 
@@ -113,26 +123,25 @@ class Worker:
 
     def _batches(self) -> Iterator[Batch]:
         """This worker's micro-batches from the one that it has reached."""
-        stage, settings = self.stage, self.settings
+        stage = self.stage
         first, count = self.step * self.accumulation, (stage.steps - self.step) * self.accumulation
-        source = open_sources(stage, settings.config, settings.data)
         if stage.cache and stage.objective != "vae":
-            assert not isinstance(source, ClipSource)
+            assert isinstance(self.source, LatentSource | Mixed)
             where = self.device if stage.cache == "device" else torch.device("cpu")
-            return draw(source, where, self.share, first, count, self.device)
-        return stream(source, self.share, first, count, self.device)
+            return draw(self.source, where, self.share, first, count, self.device)
+        return stream(self.source, self.share, first, count, self.device)
 
     def run(self) -> None:
         """Train until the steps or the minutes are used up; ends with a checkpoint, the weights and their pictures."""
         stage = self.stage
-        log = Log(self.settings.folder, stage, self.step, *self._clip_costs()) if self.rank == 0 else None
+        records = Log(self.settings.folder, stage, self.step, *self._clip_costs()) if self.rank == 0 else None
         while True:
             seconds = self.clock.tick(self.step)
             progress = self.clock.progress(self.step)
             minutes = (seconds - self.saved_seconds) / 60
             at_steps = stage.checkpoint_steps and self.step % stage.checkpoint_steps == 0
             due = at_steps or 0 < stage.checkpoint_minutes <= minutes
-            if progress >= 1 or (due and self.step > self.saved_step):
+            if progress >= 1 or (due and self.step > self.saved_step and not self.skipped_in_a_row):
                 if self.step > self.saved_step:
                     self._save()
                 self._write_results()
@@ -140,35 +149,53 @@ class Worker:
                 break
             rate = learning_rate(stage, self.step, progress)
             self._update(rate)
-            if self.step % stage.log_every == 0 or self.step in (1, stage.steps):
-                if stage.zero_stage and (norm := self.engine.get_global_grad_norm()) is not None:
-                    self.metrics["grad_norm"] = torch.as_tensor(norm, device=self.device)
-                values = self._averaged({"loss": self.loss, **self.metrics})
-                if log:
-                    log.write(self.step, values, rate, self.clock.now(), self.waited)
-                self.waited = 0.0
+            if self.metrics and (self.step % stage.log_every == 0 or self.step in (1, stage.steps)):
+                values = self._averaged({"loss": self.loss, **self.metrics}) | {"skipped": self.skipped}
+                if records:
+                    records.write(self.step, values, rate, self.clock.now(), self.waited)
+                self.waited, self.skipped = 0.0, 0
 
     def _update(self, rate: float) -> None:
-        """One step of the optimiser over this worker's share of the batch. The same step draws the same numbers."""
+        """One step over this worker's share of the batch; the optimiser passes over gradients that are not finite."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        self.loss = torch.zeros((), device=self.device)
+        mean, metrics = torch.zeros((), device=self.device), {}
+        norm, finite = 0.0, True
         for part in range(self.accumulation):
-            number = (self.step * self.accumulation + part) * self.share.workers + self.share.rank
-            generator = torch.Generator(self.device).manual_seed(self.stage.seed * 1_000_003 + number)
+            first = self.share.start(self.step * self.accumulation + part)
+            draws = Draws(self.stage.seed, range(first, first + self.micro), self.device)
             begin = time.perf_counter()
             batch = next(self.batches)
             self.waited += time.perf_counter() - begin
-            loss, self.metrics = self.engine(batch, generator)
-            self.engine.backward(loss)
-            if self.stage.grad_clip and not self.stage.zero_stage and part == self.accumulation - 1:
-                # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model.
-                self.metrics["grad_norm"] = nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip)
+            loss, metrics = self.engine(batch, draws)
+            # A loss that is not finite may have gradients that are, and those are what the other workers see.
+            self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
+            if not self.stage.zero_stage and part == self.accumulation - 1:
+                # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model. Its
+                # ZeRO looks at the norm by itself, and also waits for the device.
+                norm = nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip or math.inf)
+                if not (finite := bool(norm.isfinite())):
+                    self.engine.zero_grad()  # the optimiser leaves alone what has no gradient
             self.engine.step()
-            self.loss += loss.detach() / self.accumulation
+            mean += loss.detach() / self.accumulation
+        if self.stage.zero_stage:
+            finite, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+        self.step += 1
+        if not finite:
+            self._skip()
+            return
+        self.loss, self.metrics, self.skipped_in_a_row = mean, metrics | {"grad_norm": norm}, 0
         if self.ema:
             self.ema.update()
-        self.step += 1
+
+    def _skip(self) -> None:
+        """Count an update that was not made. ValueError after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == _MOST_SKIPPED:
+            raise self._diverged(f"the gradients of {_MOST_SKIPPED} steps in a row are not finite")
+        if self.rank == 0:
+            say("a step's gradients are not finite: it is left out, and counted as `skipped` in metrics.jsonl")
 
     def _clip_costs(self) -> tuple[float, float]:
         """Latent tokens of a clip over the workers, and the seconds that it takes them at their peak; 0 if unknown."""
@@ -183,9 +210,9 @@ class Worker:
             return tokens / self.workers, 0
         return tokens / self.workers, 3 * forward_flops(config, frames) / (peak * self.workers)
 
-    def _averaged(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def _averaged(self, values: dict[str, Tensor | float]) -> dict[str, float]:
         """The values' means over all workers; waits for the device."""
-        means = torch.stack([value.detach().float() for value in values.values()])
+        means = torch.stack([torch.as_tensor(value, device=self.device).float() for value in values.values()])
         if self.workers > 1:
             dist.all_reduce(means)
             means /= self.workers
@@ -208,11 +235,14 @@ class Worker:
         self.saved_step, self.saved_seconds = self.step, self.clock.agreed
 
     def _check_finite(self) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in (self.loss, *self.trained)):
-            raise ValueError(
-                f"training diverged before step {self.step} (loss {self.loss.item():.4g}): lower learning_rate "
-                f"(now {self.stage.learning_rate}) with --set; run again to go on from step {self.saved_step}"
-            )
+        if not all(bool(torch.isfinite(p).all()) for p in self.trained):
+            raise self._diverged("weights are not finite")
+
+    def _diverged(self, how: str) -> ValueError:
+        return ValueError(
+            f"training diverged before step {self.step} ({how}): lower learning_rate "
+            f"(now {self.stage.learning_rate}) with --set; run again to go on from step {self.saved_step}"
+        )
 
     def _resume(self) -> tuple[int, float]:
         """Step and seconds of the newest whole checkpoint of this run, (0, 0) without one."""

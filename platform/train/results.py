@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
-from longtake.model.objectives import Objective
+from longtake.model.objectives import Draws, Objective
 from longtake.platform.evaluate.sheets import contact_sheet
 from longtake.platform.store.files import whole
 from longtake.platform.store.video import write_video
@@ -50,9 +50,8 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
     except ValueError:
         source = open_sources(stage, settings.config, settings.data)
     batch = {name: torch.from_numpy(array.copy()).to(device) for name, array in source.batch(0, 1).items()}
-    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a sample's shape is not worth compiling
-        sample = objective.sample(batch, generator)
+        sample = objective.sample(batch, Draws(0, [0], device))
         if objective.samples_pixels:
             true, made = sample.chunk(2, dim=2)
         else:

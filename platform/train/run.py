@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -153,7 +154,7 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    open_sources(settings.stage, settings.config, settings.data)
+    source = open_sources(settings.stage, settings.config, settings.data)
     _write_record(settings)
     ray_cluster.connect(num_cpus=settings.workers + 2)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -165,7 +166,7 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
     def fit() -> None:
         TorchTrainer(
             _worker,
-            train_loop_config={"settings": settings},
+            train_loop_config={"settings": settings, "source": source},  # so that all workers see the same clips
             scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus > 0),
             run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
         ).fit()
@@ -177,10 +178,10 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _worker(config: dict[str, Settings]) -> None:
+def _worker(config: dict[str, Any]) -> None:
     from longtake.platform.train.loop import train  # seconds of imports that only workers need
 
-    train(config["settings"])
+    train(**config)
 
 
 def _write_record(settings: Settings) -> None:

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from longtake.model.objectives import build_objective
+from longtake.model.objectives import Draws, build_objective
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.refiner import RefinerObjective
 from longtake.model.objectives.vae import VAEObjective
@@ -13,8 +13,8 @@ from longtake.model.vae import decode_latents, encode_frames, to_pixels
 pytestmark = pytest.mark.cpu
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def draws(clips=2, seed=0):
+    return Draws(seed, range(clips))
 
 
 @pytest.fixture
@@ -31,14 +31,58 @@ def batch(config):
 
 
 @pytest.mark.parametrize("kind", ["flow", "refiner"])
-def test_the_loss_is_finite_and_repeats_with_the_generator(kind, config, batch):
+def test_the_loss_is_finite_and_repeats_with_the_seed(kind, config, batch):
     torch.manual_seed(0)
     objective = build_objective(kind, config)
-    loss, metrics = objective(batch, generator())
-    again, _ = objective(batch, generator())
-    other, _ = objective(batch, generator(1))
+    loss, metrics = objective(batch, draws())
+    again, _ = objective(batch, draws())
+    other, _ = objective(batch, draws(seed=1))
     assert torch.isfinite(loss) and loss == again and loss != other
     assert all(torch.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("vae", {}), ("flow", {"camera_dropout": 0.5, "caption_dropout": 0.5}), ("refiner", {})]
+)
+def test_a_clip_draws_the_same_in_every_batch(kind, options, config, batch):
+    torch.manual_seed(0)
+    if kind == "vae":
+        batch = {"frames": torch.randint(0, 256, (2, 9, 64, 96, 3), dtype=torch.uint8)}
+    objective = build_objective(kind, config, options)
+    for parameter in objective.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)  # what starts at zero would hide its inputs
+    for first in range(0, 8, 2):
+        together, _ = objective(batch, Draws(5, [first, first + 1]))
+        alone = [
+            objective({name: x[n : n + 1] for name, x in batch.items()}, Draws(5, [first + n]))[0] for n in range(2)
+        ]
+        torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-4, atol=0)
+
+
+def test_draws_of_neighbouring_clips_have_nothing_in_common():
+    drawn = Draws(0, range(4000))
+    uniform, normal = drawn.uniform(), drawn.normal(2)
+    assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.std() - 12**-0.5) < 0.01
+    assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.03
+    for x in (uniform, normal[:, 0], normal[:, 1]):
+        assert abs(torch.corrcoef(torch.stack([x[1:], x[:-1]]))[0, 1]) < 0.06
+
+
+def test_a_camera_left_out_of_a_batch_is_as_if_there_were_none(config, batch):
+    torch.manual_seed(0)
+    objective = FlowObjective(config)
+    for parameter in objective.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    text, mask = objective.encode_text(batch)
+    inputs = batch["latents"], torch.full((2, 3), 500.0), text, mask
+    model, camera = objective.world_model, objective.camera(batch)
+    seen, unseen, mixed = (
+        model(*inputs, camera),
+        model(*inputs),
+        model(*inputs, camera, camera_seen=torch.tensor([True, False])),
+    )
+    assert not torch.allclose(seen, unseen, atol=1e-3)
+    torch.testing.assert_close(mixed, torch.stack([seen[0], unseen[1]]))
 
 
 def test_the_autoencoder_learns_one_window(config):
@@ -49,7 +93,7 @@ def test_the_autoencoder_learns_one_window(config):
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
     for step in range(24):
-        loss, _ = objective(batch, generator(step))
+        loss, _ = objective(batch, draws(1, step))
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -62,7 +106,7 @@ def test_half_of_the_windows_are_mirrored(config, monkeypatch):
     frames = torch.randint(0, 256, (8, 1, 64, 96, 3), dtype=torch.uint8)
     encode, seen = objective.vae.encode, []
     monkeypatch.setattr(objective.vae, "encode", lambda pixels, **how: seen.append(pixels) or encode(pixels, **how))
-    objective({"frames": frames}, generator())
+    objective({"frames": frames}, draws(8))
     true = to_pixels(frames)
     mirrored = [bool((seen[0][n] == true[n].flip(-1)).all()) for n in range(8)]
     assert 0 < sum(mirrored) < 8
@@ -73,7 +117,7 @@ def test_exported_latents_have_unit_scale(config, tmp_path):
     torch.manual_seed(0)
     objective = VAEObjective(config)
     frames = torch.randint(0, 256, (4, 9, 64, 96, 3), dtype=torch.uint8)
-    objective({"frames": frames}, generator())
+    objective({"frames": frames}, draws(4))
     objective.export(tmp_path, torch.float32)
     reloaded = build_objective("vae", config, init=tmp_path)
     assert isinstance(reloaded, VAEObjective)
@@ -81,16 +125,24 @@ def test_exported_latents_have_unit_scale(config, tmp_path):
     assert abs(latents.mean()) < 0.1 and 0.8 < latents.std() < 1.2
 
 
+def test_latents_that_are_not_finite_do_not_spoil_the_scale(config):
+    objective = VAEObjective(config)
+    objective._track(torch.ones(2, config.latent_channels, 1, 2, 3))
+    before = objective.latent_moments.clone()
+    objective._track(torch.full((2, config.latent_channels, 1, 2, 3), torch.inf))
+    assert torch.equal(objective.latent_moments, before) and before.any()
+
+
 def test_a_frozen_encoder_keeps_its_latents(config, tmp_path):
     torch.manual_seed(0)
     frames = torch.randint(0, 256, (1, 9, 64, 96, 3), dtype=torch.uint8)
     first = VAEObjective(config)
-    first({"frames": frames}, generator())
+    first({"frames": frames}, draws(1))
     first.export(tmp_path / "first", torch.float32)
     second = VAEObjective(config, freeze_encoder=True)
     second.load(tmp_path / "first")
     optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
-    second({"frames": frames}, generator())[0].backward()
+    second({"frames": frames}, draws(1))[0].backward()
     optimizer.step()
     second.export(tmp_path / "second", torch.float32)
     first.load(tmp_path / "first")
@@ -111,7 +163,7 @@ def test_the_image_frame_has_no_loss_when_it_is_the_condition(config, batch, mon
         return torch.zeros_like(x)
 
     monkeypatch.setattr(objective.world_model, "forward", spy)
-    objective(batch, generator())
+    objective(batch, draws())
     assert (seen["timestep"][:, 0] == 0).all() and (seen["timestep"][:, 1:] > 0).all()
     assert torch.equal(seen["x"][:, :, 0], batch["latents"][:, :, 0])
 
@@ -124,7 +176,7 @@ def test_every_weight_of_stage_one_gets_a_gradient(config, batch):
             parameter.add_(
                 torch.randn_like(parameter) * 0.05
             )  # zero-initialised outputs would hide what is behind them
-    torch.stack([objective(batch, generator(seed))[0] for seed in range(6)]).sum().backward()
+    torch.stack([objective(batch, draws(seed=seed))[0] for seed in range(6)]).sum().backward()
     unused = ("recall_gate", "raymap_embedder")  # kept for the checkpoint only
     without = [
         name
@@ -138,6 +190,6 @@ def test_every_weight_of_stage_one_gets_a_gradient(config, batch):
 def test_a_step_of_refiner_training_leaves_stage_one_alone(config, batch):
     torch.manual_seed(0)
     objective = RefinerObjective(dataclasses.replace(config))
-    objective(batch, generator())[0].backward()
+    objective(batch, draws())[0].backward()
     assert all(parameter.grad is None for parameter in objective.stage1.parameters())
     assert any(parameter.grad is not None for parameter in objective.refiner.parameters())

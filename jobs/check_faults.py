@@ -1,0 +1,194 @@
+"""Train through killed workers, an object store that restarts and a cut shard, and compare losses.
+
+On this machine alone, from random latents in an object store that is started for it (infra/object_store.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+import longtake
+from longtake.model import presets
+from longtake.model.config import WorldModelConfig
+from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.observe import measurements, notices
+from longtake.platform.observe.job import run_job
+from longtake.platform.train import checkpoint, log, run, stages
+from longtake.platform.train.settings import Settings
+
+BUCKET = "faults"
+LIMIT = 1e-5  # of the relative difference between the final losses
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    stage = dataclasses.replace(
+        stages.get("stage1_gdn", args.preset),
+        **dict(frames=9, window=9, batch_size=2, micro_batch_size=1, steps=args.steps, warmup=0, schedule="constant"),
+        **dict(checkpoint_steps=2, log_every=1, cache=None, seed=7),  # read from the store to the end
+    )
+    config = dataclasses.replace(presets.get(args.preset), **stage.model)
+    if args.steps < 8:
+        raise ValueError(f"--steps {args.steps} must be at least 8: faults come at steps 2 and 4")
+    if args.dry_run:
+        print(json.dumps(vars(args) | {"stage": dataclasses.asdict(stage)}, indent=2))
+        return
+    os.environ.pop("RAY_ADDRESS", None)  # another cluster's workers would not see this object store
+    with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder, "objects")) as store:
+        _write_latents(config, store.folder / "latents", clips=2 * args.steps)
+        store.start()
+        losses = {}
+        for name, fault in (("undisturbed", None), *FAULTS.items()):
+            chosen = Settings(stage, config, ((f"s3://{BUCKET}/latents", 1.0),), f"{folder}/{name}", {})
+            losses[name] = _final_loss(chosen, fault and fault(store, chosen.folder))
+    figures = {"undisturbed_loss": losses.pop("undisturbed")}
+    figures |= {f"{name}_final_loss": loss for name, loss in losses.items()}
+    for name, loss in figures.items():
+        print(f"{name:36} {loss:.8f}")
+    calm = figures["undisturbed_loss"]
+    if other := [name for name, loss in figures.items() if not abs(loss - calm) <= LIMIT * calm]:
+        raise ValueError(f"{', '.join(other)}: not within {LIMIT:g} of the undisturbed loss")
+    if args.write:
+        print(f"figures: {measurements.write('faults_train', figures)}")
+
+
+class ObjectStore(contextlib.AbstractContextManager):
+    """The server process; the AWS_* variables point to it. What lies in `folder` is what it holds when it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        if longtake.source_root is None:
+            raise ValueError("check-faults needs infra/object_store.py: run it in a clone of the repository")
+        self.folder, self.script = folder, longtake.source_root / "infra" / "object_store.py"
+        self.process: subprocess.Popen | None = None
+        with socket.socket() as held:
+            held.bind(("127.0.0.1", 0))
+            self.port = held.getsockname()[1]
+        os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "local", "AWS_SECRET_ACCESS_KEY": "local"}
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        words = ["--port", str(self.port), "--bucket", BUCKET, "--folder", str(self.folder)]
+        command = [sys.executable, str(self.script), *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        if "is ready" not in self.process.stdout.readline():
+            raise RuntimeError(f"{self.script} did not start")
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+Fault = Callable[[ObjectStore, Path], Callable[[threading.Event], None]]  # of a run's folder; ends early by the event
+
+
+def _kill_worker_twice(store: ObjectStore, folder: Path) -> Callable[[threading.Event], None]:
+    def kill(ended: threading.Event) -> None:
+        for step in (2, 4):
+            _wait(ended, lambda step=step: checkpoint.reached(folder / "checkpoints") >= step)
+            for process in _descendants(os.getpid()):
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    if "RayTrainWorker" in Path(f"/proc/{process}/cmdline").read_text():
+                        os.kill(process, signal.SIGKILL)
+
+    return kill
+
+
+def _descendants(process: int) -> Iterator[int]:
+    """The processes that this one started, and those that they started."""
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from _descendants(child)
+
+
+def _restart_object_store(store: ObjectStore, folder: Path) -> Callable[[threading.Event], None]:
+    def restart(ended: threading.Event) -> None:
+        _wait(ended, lambda: checkpoint.reached(folder / "checkpoints") >= 2)
+        store.stop()
+        _wait(ended, lambda: any("does not answer" in line for line in notices.read(folder / log.NOTICES)))
+        store.start()
+
+    return restart
+
+
+def _add_cut_shard(store: ObjectStore, folder: Path) -> Callable[[threading.Event], None]:
+    whole = (store.folder / "latents" / "0000.parquet").read_bytes()
+    fsspec.filesystem("s3").pipe_file(f"{BUCKET}/latents/cut.parquet", whole[: len(whole) // 2])
+    return lambda ended: None
+
+
+FAULTS: dict[str, Fault] = {
+    "worker_killed_twice": _kill_worker_twice,
+    "object_store_restarted": _restart_object_store,
+    "truncated_shard": _add_cut_shard,
+}
+
+
+def _wait(ended: threading.Event, happened: Callable[[], bool]) -> None:
+    while not happened():
+        if ended.wait(0.02):
+            raise RuntimeError("the run ended before its fault came: raise --steps")
+
+
+def _final_loss(settings: Settings, fault: Callable[[threading.Event], None] | None) -> float:
+    """The loss of the last step of a run, in which the fault came to pass."""
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        came = pool.submit(fault, ended) if fault else None
+        try:
+            run.launch(settings)
+        finally:
+            ended.set()
+    if came:
+        came.result()
+    last = log.read(settings.folder)[-1]
+    assert last["step"] == settings.stage.steps
+    return last["loss"]
+
+
+def _write_latents(config: WorldModelConfig, folder: Path, clips: int) -> None:
+    """A clip a shard, so that each step has files to open."""
+    rng, poses = np.random.default_rng(0), np.tile(np.eye(4, dtype=np.float32), (9, 1, 1))
+    shape = config.latent_channels, config.latent_frames(9), *config.latent_size
+    for n in range(clips):
+        latents = rng.normal(size=shape).astype(np.float16)
+        clip = EncodedClip(f"{n}", latents, poses, np.full((9, 4), 100, np.float32), "noise")
+        LatentStore(str(folder)).write_shard(f"{n:04d}", [clip])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="check-faults", description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
+    add("--steps", type=int, default=12, help="of each of the four runs (default: %(default)s)")
+    add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")
+    add("--dry-run", action="store_true", help="print the resolved arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,34 @@
+"""Random numbers that belong to a clip: whichever batch, worker or micro-batch it is in, it draws the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """The random numbers of a batch, a generator a clip: draws are functions of seed and the clip's number alone.
+
+    numbers: of the clips, in the order of the batch, each its place in the whole run. A draw costs a small launch a
+    clip, and the host waits for none.
+    """
+
+    def __init__(self, seed: int, numbers: Iterable[int], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._generators = [torch.Generator(device).manual_seed(seed * 1_000_003 + number) for number in numbers]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers (B, *shape), float32."""
+        return self._filled(Tensor.normal_, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1), (B, *shape), float32."""
+        return self._filled(Tensor.uniform_, shape)
+
+    def _filled(self, fill: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(len(self._generators), *shape, device=self.device)
+        for clip, generator in zip(out.unbind(), self._generators, strict=True):
+            fill(clip, generator=generator)
+        return out
