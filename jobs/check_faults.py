@@ -1,6 +1,7 @@
-"""Train through killed workers, an object store that restarts and a cut shard, and compare losses.
+"""Train through faults and compare the losses with a calm run's.
 
-On this machine alone, from random latents in an object store that is started for it (infra/object_store.py).
+A worker is killed twice, the object store is killed and restarts, a cut shard is added. On this machine alone, from
+random latents in an object store that is started for it (infra/object_store.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Turn the example training set of SANA-WM into a latent store that the stages train on."""
+"""Turn SANA-WM's example training set into a store of latents; run it again to resume."""
 
 from __future__ import annotations
 
