@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from longtake.model import WorldModel  # type: ignore[attr-defined]  # made in longtake/__init__.py
 from longtake.model.camera import CameraFeatures
+from longtake.model.dit.world_model import WorldModel
 from longtake.model.parity import CASES
 
 pytestmark = pytest.mark.cpu
