@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from longtake.model import WorldModel  # type: ignore[attr-defined]  # made in longtake/__init__.py
 from longtake.model.camera import CameraFeatures
+from longtake.model.dit.world_model import WorldModel
 from longtake.model.parity import CASES
 
 pytestmark = pytest.mark.cpu
@@ -23,6 +23,7 @@ def model_and_inputs(config):
 @pytest.mark.parametrize("branches", ["both", "plucker", "ucpe", "none"])
 def test_a_camera_is_read_as_far_as_the_configuration_says(branches, config):
     model, (*inputs, camera) = model_and_inputs(dataclasses.replace(config, camera_branches=branches))
+    assert camera is not None
     turned = CameraFeatures(camera.conditions.roll(1, dims=1), camera.plucker)
     shifted = CameraFeatures(camera.conditions, camera.plucker.roll(1, dims=2))
     with torch.no_grad():
@@ -45,4 +46,4 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(config):
         assert len(calls) == 1 + again
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
-        assert (plain is None and recomputed is None) or torch.equal(plain, recomputed)
+        assert plain is recomputed is None or torch.equal(plain, recomputed)  # type: ignore[arg-type]
