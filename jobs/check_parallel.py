@@ -1,4 +1,4 @@
-"""Compare a clip that several processes share with the same clip on one, gradients included, and count what they send.
+"""Compare a clip that several processes share with the same clip on one, and count what they send.
 
 Processes on this machine, over gloo on CPUs or NCCL on GPUs; random weights, nothing is read.
 """
