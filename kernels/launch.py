@@ -17,6 +17,15 @@ def fused(*tensors: Tensor) -> bool:
     return _use_triton and all(tensor.is_cuda for tensor in tensors)
 
 
+def reason() -> str:
+    """Which of the two runs here, in a line."""
+    if not torch.cuda.is_available():
+        return "definitions in torch: Triton needs a GPU"
+    if not _use_triton:
+        return "definitions in torch: LONGTAKE_KERNELS=triton chooses Triton"
+    return "Triton: LONGTAKE_KERNELS=triton"
+
+
 @contextlib.contextmanager
 def kernels(triton: bool) -> Iterator[None]:
     """While this lasts, use Triton on GPUs, or the definitions everywhere."""

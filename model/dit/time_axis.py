@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.kernels.attention import attend
 from longtake.kernels.gdn import bidirectional_states
 
 
@@ -34,8 +34,7 @@ class TimeAxis:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`."""
-        q, k, v = (tensor.to(dtype).transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+        return attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
 
 
 WHOLE_CLIP = TimeAxis()
