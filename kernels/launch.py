@@ -48,6 +48,11 @@ def tile(tokens: int, width: int, element_size: int) -> int:
     return max(16, min(64, padded(tokens), 1 << (most.bit_length() - 1)))
 
 
+def warps(block_d: int) -> int:
+    """For programs that keep matrices of block_d x block_d in registers: 64 numbers a thread of each."""
+    return max(1, min(8, block_d * block_d // 2048))
+
+
 def precision_of(x: Tensor) -> str:
     """How float32 products are computed, as torch's own are asked to be."""
     return "tf32" if x.is_cuda and torch.get_float32_matmul_precision() != "highest" else "ieee"

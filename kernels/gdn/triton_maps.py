@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
 
 
 @triton.jit
@@ -85,18 +85,20 @@ class FrameMaps(torch.autograd.Function):
         k, v, beta, decay = contiguous_tokens(k), contiguous_tokens(v), beta.float().contiguous(), decay.contiguous()
         transition = torch.empty(b, t, h, d, d, device=k.device)
         increment = torch.empty(b, t, h, rows, d, device=k.device)
-        _forward[b * t, h](k, v, beta, decay, transition, increment, *_layout(k, v))
+        _forward[b * t, h](k, v, beta, decay, transition, increment, *_layout(k, v), num_warps=warps(padded(d)))
         ctx.save_for_backward(k, v, beta, decay, transition)
         return transition, increment
 
     @staticmethod
     def backward(ctx: Any, d_transition: Tensor, d_increment: Tensor) -> Any:  # type: ignore[override]
         k, v, beta, decay, transition = ctx.saved_tensors
-        b, t, _, h, _ = k.shape
+        b, t, _, h, d = k.shape
         dk, dv = torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape)
         dbeta = torch.empty_like(beta)
         d_transition, d_increment = d_transition.contiguous(), d_increment.contiguous()
-        _backward[b * t, h](k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v))
+        _backward[b * t, h](
+            k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v), num_warps=warps(padded(d))
+        )
         # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
         ddecay = (d_transition * transition).sum((-1, -2)) / decay.clamp(min=1e-30)
         return dk, dv, dbeta, ddecay

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
 
 
 @triton.jit
@@ -91,7 +91,7 @@ class ReadStates(torch.autograd.Function):
         out = q.new_empty(b, t, s, h, states.shape[-2])
         layout = _layout(q, plain, states, eps)
         grid = triton.cdiv(s, layout[-3]), b * t, h
-        _forward[grid](q, states, plain, mass, out, *layout)
+        _forward[grid](q, states, plain, mass, out, *layout, num_warps=warps(padded(q.shape[-1])))
         ctx.save_for_backward(q, states, plain, mass)
         ctx.eps = eps
         return out
@@ -105,7 +105,7 @@ class ReadStates(torch.autograd.Function):
         dmass = None if mass is None else torch.empty_like(mass)
         _backward[b * t, h](
             q, states, plain, mass, grad.contiguous(), dq, dstates, dplain, dmass,
-            *_layout(q, plain, states, ctx.eps),
+            *_layout(q, plain, states, ctx.eps), num_warps=warps(padded(q.shape[-1])),
         )  # fmt: skip
         return dq, dstates, dplain, dmass, None
 

@@ -90,10 +90,8 @@ def _spread(
     """
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_c = c < C2
-    for dy in tl.static_range(3):
-        for dx in tl.static_range(3):
-            tl.store(parts_ptr + (tl.program_id(0) * 10 + 3 * dy + dx) * C2 + c, c * 0.0, inside_c)
-    bias = tl.zeros([BLOCK_C], tl.float32)
+    tap = tl.arange(0, 16)[:, None]
+    parts = tl.zeros([16, BLOCK_C], tl.float32)  # by tap; the tenth is the bias's
     strips = tl.cdiv(width, BLOCK_X)
     for number in range(tl.program_id(0), frames * height * strips, tl.num_programs(0)):
         y, strip = number // strips % height, number % strips
@@ -111,14 +109,14 @@ def _spread(
                 grad = tl.load(grad_ptr + (at + row * width + column)[:, None] * C2 + c[None, :],
                                known[:, None] & inside_c[None, :], 0.0).to(tl.float32)  # fmt: skip
                 total += grad * _taps(weight_ptr, c, dy, dx, inside_c)
-                to = parts_ptr + (tl.program_id(0) * 10 + 3 * dy + dx) * C2 + c
                 part = tl.sum(tl.where(inside, grad * value * opened, 0.0), 0)
-                tl.store(to, tl.load(to, inside_c, 0.0) + part, inside_c)
+                parts += tl.where(tap == 3 * dy + dx, part[None, :], 0.0)
                 if dy == 1 and dx == 1:
-                    bias += tl.sum(grad, 0)
+                    parts += tl.where(tap == 9, tl.sum(grad, 0)[None, :], 0.0)
         total *= opened * (1 + value * (1 - opened))
         tl.store(dx_ptr + here, total.to(dx_ptr.dtype.element_ty), inside)
-    tl.store(parts_ptr + (tl.program_id(0) * 10 + 9) * C2 + c, bias, inside_c)
+    to = parts_ptr + (tl.program_id(0) * 10 + tap) * C2 + c[None, :]
+    tl.store(to, parts, (tap < 10) & inside_c[None, :])
 
 
 class GLUConv(torch.autograd.Function):
