@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 SoftmaxScale = Literal["head_dim", "padded"] | float
+KeyScale = Literal["tokens", "channels", "none"]
+KEY_SCALES: tuple[KeyScale, ...] = get_args(KeyScale)
 CameraBranches = Literal["both", "plucker", "ucpe", "none"]
 
 
@@ -73,6 +75,8 @@ class WorldModelConfig:
     camera_branches: what the network reads of a camera (sections 1.8 and 1.9): Pluecker maps, added in every block,
       "plucker"; attention in ray coordinates, "ucpe"; "both" or "none". Weights of what is left out stay unused.
 
+    key_scale: of the GDN's keys, over D channels a head and S tokens a frame: "tokens" is 1/sqrt(D S). "channels",
+      1/sqrt(D), and "none" are what `study-stability` compares it with.
     contractive_gdn: divide beta by a frame's sum of beta |k|^2 where that exceeds 1, so that no frame can make the
       GDN's state grow, however long the video. The releases leave that to training: their keys are normalised over all
       heads, which bounds the sum on average but lets it reach the number of heads in one.
@@ -98,6 +102,7 @@ class WorldModelConfig:
     softmax_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     key_map: str = "official"
     camera_branches: CameraBranches = "both"
+    key_scale: KeyScale = "tokens"
     contractive_gdn: bool = False
     image_size: tuple[int, int] = (704, 1280)
     vae_stride: tuple[int, int, int] = (8, 32, 32)
@@ -121,7 +126,8 @@ class WorldModelConfig:
             raise ValueError(
                 f"plucker_channels {self.plucker_channels} must be 6 x the VAE's temporal stride {self.vae_stride[0]}"
             )
-
+        if self.key_scale not in KEY_SCALES:
+            raise ValueError(f"key_scale {self.key_scale!r} must be one of {', '.join(KEY_SCALES)}")
         if self.camera_branches not in (known := get_args(CameraBranches)):
             raise ValueError(f"camera_branches {self.camera_branches!r} must be one of {', '.join(known)}")
 

@@ -134,7 +134,7 @@ class GDNAttention(DualBranchAttention):
 
     def __init__(self, config: WorldModelConfig):
         super().__init__(config)
-        self.contractive = config.contractive_gdn
+        self.contractive, self.key_scale = config.contractive_gdn, config.key_scale
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
 
@@ -154,7 +154,8 @@ class GDNAttention(DualBranchAttention):
         q, k, v = main
         beta, decay = self.gates(x, at.frames)
         by_frame = lambda tensor: tensor.unflatten(1, (at.frames, -1))  # noqa: E731
-        scale = (q.shape[-1] * (q.shape[1] // at.frames)) ** -0.5
+        scale = {"tokens": q.shape[-1] * (q.shape[1] // at.frames), "channels": q.shape[-1], "none": 1}[self.key_scale]
+        scale = scale**-0.5
         q_rotated, q, _ = encode(q, at.rope, self.q_norm.weight, relu=True, plain=True)
         k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
         assert q is not None and k is not None
