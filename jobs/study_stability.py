@@ -66,8 +66,7 @@ def train(config: WorldModelConfig, frames: int, steps: int, device: str) -> lis
     losses = []
     for step in range(steps):
         case = Case("stability", config, frames, *config.latent_size, camera=False)
-        clean, timestep, text, mask, _ = (None if x is None else x.to(device) for x in case.inputs(seed=step))
-        assert clean is not None and timestep is not None
+        clean, timestep, text, mask = (x.to(device) for x in case.inputs(seed=step)[:4])
         clean = clean[:, :, :1].expand_as(clean)  # a still picture can be learnt
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(steps + step)).to(device)
         sigma = (timestep / 1000)[:, None, :, None, None]
