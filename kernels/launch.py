@@ -59,10 +59,10 @@ def precision_of(x: Tensor) -> str:
 
 
 def contiguous_tokens(x: Tensor) -> Tensor:
-    """x (B, T, S, H, D) such that a token is `x.stride(2)` after the last one, over all frames and clips; no copy for a
-    part of a wider projection.
+    """x (B, T, S, ...) such that a token is `x.stride(2)` after the last one, over all frames and clips, and its last
+    channels lie together; no copy for a part of a wider projection.
     """
-    b, t, s, _, _ = x.shape
+    b, t, s = x.shape[:3]
     token = x.stride(2)
-    regular = x.stride(4) == 1 and (t == 1 or x.stride(1) == s * token) and (b == 1 or x.stride(0) == t * s * token)
+    regular = x.stride(-1) == 1 and (t == 1 or x.stride(1) == s * token) and (b == 1 or x.stride(0) == t * s * token)
     return x if regular else x.contiguous()

@@ -7,6 +7,7 @@ states are float32 always.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longtake.kernels.gdn import reference
@@ -27,7 +28,8 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
     if fused(transition, increment):
         from longtake.kernels.gdn.triton_scan import ScanStates
 
-        return ScanStates.apply(transition, increment, increment[:, 0] * 0 if state is None else state)[0]
+        state = torch.zeros_like(increment[:, 0]) if state is None else state
+        return ScanStates.apply(transition, increment, state)[0]
     return reference.scan_states(transition, increment, state)
 
 

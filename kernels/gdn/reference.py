@@ -76,16 +76,15 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
 
 
 def run_maps(
-    transition: Tensor, increment: Tensor, scan: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    transition: Tensor, increment: Tensor, scan: Callable[[Tensor, Tensor, Tensor], Tensor] = scan_states
 ) -> tuple[Tensor, Tensor]:
     """Frames 0 ... t as one map, for every t: transition (B, T, H, D, D) and increment (B, T, H, V, D).
 
-    One scan, `scan_states` unless another is given: the increments start from zeros, the transitions, as further rows
-    of the state, from the identity.
+    One `scan`: the increments start from zeros, the transitions, as further rows of the state, from the identity.
     """
     rows, d = increment.shape[-2:]
     start = torch.eye(rows + d, device=increment.device)[:, rows:].expand(len(increment), increment.shape[2], -1, d)
-    states = (scan or scan_states)(transition, F.pad(increment, (0, 0, 0, d)), start)
+    states = scan(transition, F.pad(increment, (0, 0, 0, d)), start)
     increment, transition = states.split([rows, d], dim=-2)
     return transition, increment
 

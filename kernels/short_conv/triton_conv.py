@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.launch import contiguous_tokens
+
 _BLOCK = 1024
 _TOKENS, _CHANNELS, _PROGRAMS = 32, 64, 64  # of the weight's gradient: a tile, and programs a block of channels
 
@@ -58,10 +60,7 @@ class ShortConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        b, t, s, _ = x.shape
-        token = x.stride(2)
-        regular = x.stride(3) == 1 and (t == 1 or x.stride(1) == s * token) and (b == 1 or x.stride(0) == t * s * token)
-        x, weight = x if regular else x.contiguous(), weight.contiguous()
+        x, weight = contiguous_tokens(x), weight.contiguous()
         ctx.save_for_backward(x, weight)
         return _convolved(x, weight)
 
