@@ -1,7 +1,7 @@
 """Time the world model beside diffusers' implementation of it, with the same random weights.
 
-Both in one process; a speed is printed only where the outputs agree. LONGTAKE_KERNELS=triton measures the fused kernels
-on a GPU. Figures, and a plot beside them, go to docs/measurements/speed_DEVICE.
+Both in one process; a speed is printed only where the outputs agree. A forward pass of ours is a denoising step, with
+what a sample computes once computed before. Figures, and a plot beside them, go to docs/measurements/speed_DEVICE.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from longtake.kernels.cases import cases
 from longtake.kernels.launch import kernels
 from longtake.model import convert, presets
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.attention import SoftmaxAttention
+from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.flops import forward_flops
 from longtake.model.parity import Case, as_diffusers_computes, diffusers_model
@@ -28,7 +31,8 @@ from longtake.platform.observe import measurements, timing
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
 
-_LARGEST_ERROR = 0.1  # of an output in bfloat16 against the definition in float32, beyond which no speed means anything
+_LARGEST_ERROR = 0.1  # of an output in bfloat16 against the definition in float64, beyond which no speed means anything
+_FRAMES_OF_GRADIENTS = 2  # whose errors are measured: all that a GPU holds in float64 with the weights
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
     if args.name:
         measurements.check_name(args.name)
-    if min([*args.gdn, *args.forward, *args.train], default=1) < 1:
-        raise ValueError("--gdn, --forward and --train take numbers of latent frames, at least 1")
+    if min([*args.kernels, *args.gdn, *args.forward, *args.train], default=1) < 1:
+        raise ValueError("--kernels, --gdn, --forward and --train take numbers of latent frames, at least 1")
     if args.dry_run:
         print(json.dumps(vars(args) | {"config": dataclasses.asdict(config)}, indent=2))
         return
@@ -49,9 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     figures = timing.rates(device, dtype)
     pair = Pair(config, device, dtype)
-    if smallest := min([*args.gdn, *args.forward, *args.train], default=0):
+    lengths = [*args.kernels, *args.gdn, *args.forward, *args.train]
+    if smallest := min(lengths, default=0):
         figures |= pair.errors(smallest)
-    work = [(pair.gdn, args.gdn), (pair.forward, args.forward), (pair.train, args.train)]
+    if args.train:
+        figures |= pair.gradient_errors(min(_FRAMES_OF_GRADIENTS, smallest))
+    work = [
+        (pair.kernels, args.kernels),
+        (pair.gdn, args.gdn),
+        (pair.forward, args.forward),
+        (pair.train, args.train),
+        (pair.fusion, args.train[:1]),
+    ]
     with Progress(sum(len(lengths) for _, lengths in work), "measurements", "bench") as progress:
         for measure, lengths in work:
             for frames in lengths:
@@ -77,41 +90,83 @@ class Pair:
             ours = WorldModel(config)
         ours.load_state_dict(tensors)
         self.ours, self.theirs = ours.to(dtype).eval(), theirs.to(dtype)  # type: ignore[call-arg]
-
-    def errors(self, frames: int) -> dict[str, float]:
-        """Relative errors of both against our definition in float32. ValueError where ours is too large."""
-        inputs = self._inputs(frames)
-        ours, theirs = self._ours(inputs).float(), self._theirs(inputs).float()
-        exact = self._exact(inputs)
-        found = {
-            "error_ours": float((ours - exact).norm() / exact.norm()),
-            "error_peer": float((theirs - exact).norm() / exact.norm()),
-        }
-        if not found["error_ours"] <= _LARGEST_ERROR:
-            raise ValueError(f"our output is off by {found['error_ours']:.2g} of its norm: no speed is worth measuring")
-        return found
+        self.replay = Replay(self.ours)
+        self.weights = sum(parameter.numel() * parameter.element_size() for parameter in self.ours.parameters())
 
     @torch.no_grad()
-    def _exact(self, inputs: tuple) -> Tensor:
-        """The definition in float32, from the rounded weights."""
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+    def errors(self, frames: int) -> dict[str, float]:
+        """Relative errors of both, and of ours with attention in float8, against our definition in float64, computed
+        from the rounded weights. ValueError where ours is too large.
+        """
+        inputs = self._inputs(frames)
+        found = {"error_ours": self._step(inputs)(), "error_peer": self._theirs(inputs)}
+        softmax: list[Any] = [m for m in self.ours.modules() if isinstance(m, SoftmaxAttention)]
+        for module in softmax:
+            module.compute_dtype = torch.float8_e4m3fn
+        found["error_float8"] = self.ours(*inputs)
+        for module in softmax:
+            module.compute_dtype = getattr(torch, self.config.softmax_dtype)
+        exact = self._exact(lambda: self.ours(*inputs))
+        errors = {name: float((out.double() - exact).norm() / exact.norm()) for name, out in found.items()}
+        if not errors["error_ours"] <= _LARGEST_ERROR:
+            raise ValueError(
+                f"our output is off by {errors['error_ours']:.2g} of its norm: no speed is worth measuring"
+            )
+        return errors
+
+    def gradient_errors(self, frames: int) -> dict[str, float]:
+        """As `errors`, of the gradients of all weights of the mean square of the output."""
+        inputs = self._inputs(frames)
+        ours = self._gradients(self.ours, lambda: self.ours(*inputs))
+        theirs = convert.from_diffusers(self._gradients(self.theirs, lambda: self._peer(inputs)), self.config)
+        exact = self._exact(lambda: self._gradients(self.ours, lambda: self.ours(*inputs)))
+        norm = sum(float(gradient.double().square().sum()) for gradient in exact.values()) ** 0.5
+        errors = {}
+        for name, found in (("error_gradients_ours", ours), ("error_gradients_peer", theirs)):
+            parts = [(found[key].double() - gradient.double()).square().sum() for key, gradient in exact.items()]
+            errors[name] = float(sum(parts)) ** 0.5 / norm
+        return errors
+
+    def _gradients(self, model: torch.nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """By the names of the state dict, kept off the device; zeros for what the output does not depend on."""
+        run().square().mean().backward()
+        found = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+        found |= {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return found
+
+    def _exact(self, run: Callable[[], Any]) -> Any:
+        """By the definitions, in float64, which leaves a GPU no room for the peer."""
+        self.theirs.cpu()
+        self.ours.double().checkpoint_blocks = True
         try:
             with kernels(triton=False):
-                return self.ours.float()(*inputs)
+                return run()
         finally:
-            self.ours.to(self.dtype)
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+            self.ours.to(self.dtype).checkpoint_blocks = False
+            self.replay = Replay(self.ours)  # the weights have moved
+            self.theirs.to(self.device)
+
+    def kernels(self, frames: int) -> dict[str, float]:
+        """Each operator's time, its definition's, and the GB/s of the bytes that it has to move."""
+        config, figures = self.config, {}
+        sizes = config.num_heads, config.head_dim, int(config.hidden_size * config.mlp_ratio)
+        with torch.no_grad():
+            for name, work, size in cases(frames, config.latent_size, *sizes, self.device, self.dtype):
+                time = timing.milliseconds(work, self.device)
+                figures |= {f"{name}_ms_T{frames}": time, f"{name}_gb_per_s_T{frames}": size / time / 1e6}
+                with kernels(triton=False):
+                    figures[f"{name}_definition_ms_T{frames}"] = timing.milliseconds(work, self.device)
+        return figures
 
     def gdn(self, frames: int) -> dict[str, float]:
         """Both branches of one layer's GDN, from projected features to what is projected back; also its definition."""
         attention: Any = self.ours.blocks[0].attn
         given: list[tuple] = []
         mix, attention.mix = attention.mix, lambda *args: given.append(args) or mix(*args)
-        self._ours(self._inputs(frames))
-        attention.mix = mix
+        with torch.no_grad():
+            self.ours(*self._inputs(frames))
+        del attention.mix
         x, main, camera, at = given[0]
         leaves = [tensor.detach().requires_grad_() for tensor in (*main, *camera)]
 
@@ -133,19 +188,15 @@ class Pair:
     def forward(self, frames: int) -> dict[str, float]:
         """Times, their ratio, and peaks of memory of one forward pass over a clip of `frames` latent frames."""
         inputs = self._inputs(frames)
-        difference = self._ours(inputs).float() - (peer := self._theirs(inputs)).float()
+        ours = self._step(inputs)
+        difference = ours().float() - (peer := self._theirs(inputs)).float()
         if not (error := float(difference.norm() / peer.float().norm())) <= 2 * _LARGEST_ERROR:
             raise ValueError(f"at {frames} frames our output differs from the peer's by {error:.2g} of its norm")
-        return self._compared("forward", frames, lambda: self._ours(inputs), lambda: self._theirs(inputs), 1)
+        return self._compared("forward", frames, ours, lambda: self._theirs(inputs), 1)
 
     def train(self, frames: int) -> dict[str, float]:
         """As `forward`, of a forward and backward pass with recomputed blocks."""
         inputs = self._inputs(frames)
-
-        def step(model: torch.nn.Module, run: Callable[[tuple], Tensor]) -> None:
-            run(inputs).float().square().mean().backward()
-            model.zero_grad(set_to_none=True)
-
         self.theirs.enable_gradient_checkpointing()
         self.theirs.train()
         self.ours.checkpoint_blocks = True
@@ -153,13 +204,28 @@ class Pair:
             return self._compared(
                 "train",
                 frames,
-                lambda: step(self.ours, lambda x: self.ours(*x)),
-                lambda: step(self.theirs, lambda x: self._peer(x)),
+                lambda: self._train(self.ours, lambda: self.ours(*inputs)),
+                lambda: self._train(self.theirs, lambda: self._peer(inputs)),
                 4,
             )
         finally:
             self.theirs.eval()
             self.ours.checkpoint_blocks = False
+
+    def fusion(self, frames: int) -> dict[str, float]:
+        """How many times faster a training step is by the kernels than by their definitions."""
+        inputs, times = self._inputs(frames), []
+        self.ours.checkpoint_blocks = True
+        for triton in (False, True):
+            with kernels(triton):
+                times.append(self._measured(lambda: self._train(self.ours, lambda: self.ours(*inputs)))[0])
+        self.ours.checkpoint_blocks = False
+        return {"fused_over_unfused_train": times[0] / times[1]}
+
+    @staticmethod
+    def _train(model: torch.nn.Module, run: Callable[[], Tensor]) -> None:
+        run().float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
 
     def _compared(
         self, what: str, frames: int, ours: Callable[[], Any], theirs: Callable[[], Any], passes: int
@@ -181,12 +247,12 @@ class Pair:
         }
 
     def _measured(self, work: Callable[[], Any]) -> tuple[float, float]:
-        """Milliseconds and peak GB, both models' weights included."""
+        """Milliseconds and peak GB, without the other network's weights."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        return timing.milliseconds(work, self.device), measurements.peak_memory() / 1e9
+        return timing.milliseconds(work, self.device), (measurements.peak_memory() - self.weights) / 1e9
 
     def _inputs(self, frames: int) -> tuple:
         case = Case("bench", self.config, frames, *self.config.latent_size)
@@ -196,8 +262,11 @@ class Pair:
         return *moved, camera.to(self.device)
 
     @torch.no_grad()
-    def _ours(self, inputs: tuple) -> Tensor:
-        return self.ours(*inputs)
+    def _step(self, inputs: tuple) -> Callable[[], Tensor]:
+        """A denoising step of ours."""
+        latents, timestep, text, mask, camera = inputs
+        context = self.ours.context(latents.shape[2:], text, mask, camera, of_sample=True)
+        return lambda: self.replay.velocity(latents, timestep, context)
 
     @torch.no_grad()
     def _theirs(self, inputs: tuple) -> Tensor:
@@ -236,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="sana-wm", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
     add("--depth", type=int, default=0, help="blocks; 0 for as many as the preset has (default: %(default)s)")
-    for what, lengths in (("gdn", [121]), ("forward", [6, 21, 41, 121]), ("train", [11, 41, 121])):
+    for what, lengths in (("kernels", [121]), ("gdn", [121]), ("forward", [6, 21, 41, 121]), ("train", [11, 41, 121])):
         add(f"--{what}", type=int, nargs="*", default=lengths, metavar="T", help=f"latent frames (default: {lengths})")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--name", help="of the file in docs/measurements; by default speed_DEVICE")

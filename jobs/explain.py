@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         print("softmax attention             torch's own choice: without a GPU there is one")
         return
     rows, columns = config.latent_size
-    shape = (1, config.num_heads, args.frames * rows * columns, config.head_dim)
+    shape = (1, args.frames * rows * columns, config.num_heads, config.head_dim)
     for training in (False, True):
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=training) for _ in range(3))
         choice = choose(q, k, v, config.head_dim**-0.5)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_use_triton = os.environ.get("LONGTAKE_KERNELS") == "triton"
+_chosen = os.environ.get("LONGTAKE_KERNELS", "triton")
+if _chosen not in ("triton", "definitions"):
+    raise ValueError(f"LONGTAKE_KERNELS={_chosen}: choose triton (the default on a GPU) or definitions")
+_use_triton = _chosen == "triton"
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is: what definitions compute in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def fused(*tensors: Tensor) -> bool:
-    """Whether these go through Triton: on a GPU, with LONGTAKE_KERNELS=triton. Otherwise the definitions run."""
-    return _use_triton and all(tensor.is_cuda for tensor in tensors)
+    """Whether these go through Triton: on a GPU, unless LONGTAKE_KERNELS=definitions asks for the definitions, or
+    torch.compile fuses those itself.
+    """
+    return _use_triton and all(tensor.is_cuda for tensor in tensors) and not torch.compiler.is_compiling()
 
 
 def reason() -> str:
@@ -22,8 +33,8 @@ def reason() -> str:
     if not torch.cuda.is_available():
         return "definitions in torch: Triton needs a GPU"
     if not _use_triton:
-        return "definitions in torch: LONGTAKE_KERNELS=triton chooses Triton"
-    return "Triton: LONGTAKE_KERNELS=triton"
+        return "definitions in torch: LONGTAKE_KERNELS=definitions asks for them"
+    return "Triton; the GDN's products of float32 in torch"
 
 
 @contextlib.contextmanager
@@ -43,9 +54,19 @@ def padded(size: int) -> int:
 
 
 def tile(tokens: int, width: int, element_size: int) -> int:
-    """Tokens a tile of `width` channels, so that two tiles and their successors stay within 48 KB."""
-    most = 48 * 1024 // (2 * width * element_size)
+    """Tokens a tile of `width` channels: 64, which tensor cores want, or fewer of float32, whose products keep more."""
+    most = 2**16 // (width * element_size**2)
     return max(16, min(64, padded(tokens), 1 << (most.bit_length() - 1)))
+
+
+def roomy(x: Tensor) -> bool:
+    """Whether a program has the shared memory of an A100 or H100 (163 and 227 KB) and not the 99 KB of smaller GPUs."""
+    return not x.is_cuda or _shared_memory(x.device) > 128 * 1024
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def warps(block_d: int) -> int:
@@ -55,7 +76,7 @@ def warps(block_d: int) -> int:
 
 def precision_of(x: Tensor) -> str:
     """How float32 products are computed, as torch's own are asked to be."""
-    return "tf32" if x.is_cuda and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def contiguous_tokens(x: Tensor) -> Tensor:

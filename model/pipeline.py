@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longtake.model import presets, weights
 from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner
 from longtake.model.samplers.flow_euler import clip_noise, euler, schedule
@@ -149,14 +150,18 @@ class WorldPipeline:
         if sampler.guidance_scale != 1 and negative is None:
             raise ValueError(f"guidance_scale {sampler.guidance_scale} needs the features of a negative prompt")
 
+        _, channels, _, height, width = image_latents.shape
+        grid = frames, height, width
+        context = model.context(grid, text, text_mask, camera, of_sample=True)
+        without = negative and model.context(grid, *negative, camera, of_sample=True)
+
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            conditional = model(x, timestep, text, text_mask, camera)
-            if sampler.guidance_scale == 1 or negative is None:
+            conditional = self._replay.velocity(x, timestep, context)
+            if sampler.guidance_scale == 1 or without is None:
                 return conditional
-            unconditional = model(x, timestep, *negative, camera)
+            unconditional = self._replay.velocity(x, timestep, without)
             return unconditional + sampler.guidance_scale * (conditional - unconditional)
 
-        _, channels, _, height, width = image_latents.shape
         start = clip_noise((channels, frames, height, width), seeds, self.device)
         start[:, :, :1] = image_latents
         latents = euler(velocity, start, schedule(num_steps or sampler.num_steps, sampler.shift), 1, progress)
@@ -189,6 +194,10 @@ class WorldPipeline:
             num_latent_frames=camera.conditions.shape[1],
             negative=negative and (negative[0].expand(len(captions), -1, -1), negative[1].expand(len(captions), -1)),
         )
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(self._part("dit"))  # type: ignore[arg-type]
 
     @cached_property
     def _negative(self) -> tuple[Tensor, Tensor] | None:

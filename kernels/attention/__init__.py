@@ -1,10 +1,14 @@
-"""Softmax attention by whichever of torch's exact implementations is fastest here, found out by trying.
+"""Softmax attention by whichever exact implementation is fastest here, found out by trying: torch's three, and ours for
+Hopper.
 
-Which one wins depends on device, length and head size. Nothing is approximated; they differ in the order of sums.
+Which one wins depends on device, length and head size. Nothing is approximated but by `attend_float8`; they differ in
+the order of sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longtake.kernels.attention import float8
+
+_LEAST_WORK = 1 << 33  # multiplications below which torch's own choice is not worth questioning
+
+
+def _through(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        with sdpa_kernel(backend):
+            return _scaled_dot_product(q, k, v, scale)
+
+    return attend
+
+
+def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
+    return out.transpose(1, 2)
+
+
+def _hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if torch.cuda.get_device_capability(q.device)[0] != 9 or _gradient_wanted(q, k, v):
+        raise RuntimeError("made for compute capability 9, and for no gradient")
+    from longtake.kernels.attention import triton_hopper
+
+    return triton_hopper.attend(q, k, v, scale)
+
+
 _BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "hopper": _hopper,
+    "cudnn": _through(SDPBackend.CUDNN_ATTENTION),
+    "flash": _through(SDPBackend.FLASH_ATTENTION),
+    "efficient": _through(SDPBackend.EFFICIENT_ATTENTION),
 }
-_LEAST_WORK = 1 << 36  # multiplications below which torch's own choice is not worth questioning
 
 
 @dataclass(frozen=True)
@@ -35,17 +65,32 @@ _choices: dict[tuple, Choice] = {}
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T scale) v: (B, N, H, D) each, of one dtype.
 
-    The first large call of a shape on a GPU times the backends, with the backward pass where gradients are wanted.
+    The first large call of a shape on a GPU, in 16 bits, times the backends, with the backward pass where gradients are wanted.
     """
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    if not q.is_cuda or q.numel() * k.shape[2] < _LEAST_WORK:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    return _by_the_fastest(q, k, v, scale).transpose(1, 2)
+    if not q.is_cuda or q.element_size() > 2 or q.numel() * k.shape[1] < _LEAST_WORK:
+        return _scaled_dot_product(q, k, v, scale)
+    return _by_the_fastest(q, k, v, scale)
+
+
+def attend_float8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """About `attend`, to some 5 percent of its norm: factors rounded to float8_e4m3fn, see `float8`. On Hopper, where D
+    allows it, at their speed. ValueError where a gradient is wanted.
+    """
+    if _gradient_wanted(q, k, v):
+        raise ValueError("attention in float8 has no gradient: train with softmax_dtype bfloat16")
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[-1] in range(16, 129, 16):
+        from longtake.kernels.attention import triton_hopper
+
+        return triton_hopper.attend_fp8(q, k, v, scale)
+    return float8.attend(q, k, v, scale)
+
+
+def _gradient_wanted(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    with sdpa_kernel(_BACKENDS[choose(q, k, v, scale).backend]):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return _BACKENDS[choose(q, k, v, scale).backend](q, k, v, scale)
 
 
 # So large an attention gains nothing from what is compiled around it.
@@ -53,35 +98,41 @@ _by_the_fastest: Any = torch.compiler.disable(_fastest)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Choice:
-    """The fastest backend for (B, H, N, D) of this shape, dtype and device, timed once a process.
+    """The fastest backend for (B, N, H, D) of this shape, dtype and device, timed once a process.
 
     RuntimeError when none can compute it.
     """
-    backward = torch.is_grad_enabled() and q.requires_grad
+    backward = _gradient_wanted(q, k, v)
     key = (q.shape, k.shape, q.dtype, q.device, backward)
     if key not in _choices:
         inputs = [tensor.detach().requires_grad_(backward) for tensor in (q, k, v)]
         times = {name: _milliseconds(name, inputs, scale, backward) for name in _BACKENDS}
         known = {name: time for name, time in times.items() if time is not None}
         if not known:
-            raise RuntimeError(f"no attention of torch's takes {tuple(q.shape)} of {q.dtype} on {q.device}")
+            raise RuntimeError(f"no attention takes {tuple(q.shape)} of {q.dtype} on {q.device}")
         _choices[key] = Choice(min(known, key=known.__getitem__), known)
     return _choices[key]
 
 
 def _milliseconds(name: str, inputs: list[Tensor], scale: float, backward: bool) -> float | None:
-    """Of the second of two calls, or None where the backend refuses."""
-    q, k, v = inputs
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    try:
-        with sdpa_kernel(_BACKENDS[name]), torch.set_grad_enabled(backward):
-            for _ in range(2):
-                begin.record()
-                out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    """Of the faster of two calls after a first one, or None where the backend refuses.
+
+    In a thread of its own, out of sight of activation checkpointing, which counts what its thread computes and saves.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_timed, name, inputs, scale, backward).result()
+
+
+def _timed(name: str, inputs: list[Tensor], scale: float, backward: bool) -> float | None:
+    with torch.cuda.device(inputs[0].device), torch.set_grad_enabled(backward):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        try:
+            for event in events:
+                event.record()
+                out = _BACKENDS[name](*inputs, scale)
                 if backward:
                     torch.autograd.grad(out, inputs, out)
-                end.record()
-    except RuntimeError:  # a shape or a device that it was not made for, or no memory
-        return None
-    torch.cuda.synchronize(inputs[0].device)
-    return begin.elapsed_time(end)
+        except (RuntimeError, ValueError):  # a shape or a device that it was not made for, or no memory
+            return None
+        torch.cuda.synchronize()
+        return min(begin.elapsed_time(end) for begin, end in zip(events[1:], events[2:], strict=False))

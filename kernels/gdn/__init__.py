@@ -1,8 +1,8 @@
 """Frame-wise Gated DeltaNet: linear attention whose state moves once a frame.
 
 The operator in its three steps, each computed by Triton where `launch.fused` says so, else by its definition in
-`reference`, which documents shapes. Under Triton, queries, keys and values keep their dtype and are multiplied in it;
-states are float32 always.
+`reference`, which documents shapes. Under Triton, queries, keys and values keep their dtype, of 16 bits, and are
+multiplied in it; states are float32 always.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longtake.kernels.launch import fused
 
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """Each frame as a map of the state, see `reference.frame_maps`."""
-    if fused(k, v, beta, decay):
+    if fused(k, v, beta, decay) and k.element_size() == 2:
         from longtake.kernels.gdn.triton_maps import FrameMaps
 
         return FrameMaps.apply(k, v, beta, decay)
@@ -51,7 +51,7 @@ def read(
     q: Tensor, states: Tensor, plain: Tensor | None = None, mass: Tensor | None = None, eps: float = 1e-8
 ) -> Tensor:
     """The queries' outputs, see `reference.read`; under Triton in the queries' dtype."""
-    if fused(q, states):
+    if fused(q, states) and q.element_size() == 2:
         from longtake.kernels.gdn.triton_read import ReadStates
 
         return ReadStates.apply(q, states, plain, mass, eps)

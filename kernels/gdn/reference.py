@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.kernels.launch import wide
+
 _LONGEST_RUN = 32  # frames scanned one by one
 
 
@@ -44,7 +46,7 @@ def gdn_bidirectional(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tens
 
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """Each frame as a map M -> M A + U: transition A (B, T, H, D, D), increment U (B, T, H, V, D), float32."""
-    k, v, beta, decay = (x.float() for x in (k, v, beta, decay))
+    k, v, beta, decay = (wide(x) for x in (k, v, beta, decay))
     weighted = (k * beta[..., None]).permute(0, 1, 3, 2, 4)
     identity = torch.eye(k.shape[-1], device=k.device)
     transition = decay[..., None, None] * (identity - k.permute(0, 1, 3, 4, 2) @ weighted)
@@ -64,7 +66,7 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
         state = increment.new_zeros(b, h, rows, d)
     if frames > _LONGEST_RUN:
         return _scan_in_runs(transition, increment, state)
-    state = state.float().reshape(b * h, rows, d)
+    state = wide(state).reshape(b * h, rows, d)
     # The only serial part: one batched product a frame.
     transitions = transition.transpose(0, 1).reshape(frames, b * h, d, d).unbind()
     increments = increment.transpose(0, 1).reshape(frames, b * h, rows, d).unbind()
@@ -83,7 +85,9 @@ def run_maps(
     One `scan`: the increments start from zeros, the transitions, as further rows of the state, from the identity.
     """
     rows, d = increment.shape[-2:]
-    start = torch.eye(rows + d, device=increment.device)[:, rows:].expand(len(increment), increment.shape[2], -1, d)
+    start = torch.eye(rows + d, device=increment.device, dtype=increment.dtype)[:, rows:].expand(
+        len(increment), increment.shape[2], -1, d
+    )
     states = scan(transition, F.pad(increment, (0, 0, 0, d)), start)
     increment, transition = states.split([rows, d], dim=-2)
     return transition, increment
@@ -98,12 +102,12 @@ def _scan_in_runs(transition: Tensor, increment: Tensor, state: Tensor) -> Tenso
     b, frames, h, _, d = increment.shape
     length = math.isqrt(frames - 1) + 1
     missing = -frames % length
-    identity = torch.eye(d, device=state.device).expand(b, missing, h, d, d)
+    identity = torch.eye(d, device=state.device, dtype=state.dtype).expand(b, missing, h, d, d)
     transition = torch.cat([transition, identity], 1).unflatten(1, (-1, length)).flatten(0, 1)
     increment = F.pad(increment, (0, 0, 0, 0, 0, 0, 0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
     through, since = (maps.unflatten(0, (b, -1)) for maps in run_maps(transition, increment))
     ends = scan_states(through[:, :, -1], since[:, :, -1], state)
-    before = torch.cat([state[:, None].float(), ends[:, :-1]], 1)
+    before = torch.cat([wide(state[:, None]), ends[:, :-1]], 1)
     return (before[:, :, None] @ through + since).flatten(1, 2)[:, :frames]
 
 
@@ -119,7 +123,7 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
 
 def read_states(q: Tensor, states: Tensor) -> Tensor:
     """out_t = Q_t M_t^T: (B, T, S, H, V) from q (B, T, S, H, D) and states (B, T, H, V, D)."""
-    out = q.float().permute(0, 1, 3, 2, 4) @ states.transpose(-1, -2)
+    out = wide(q).permute(0, 1, 3, 2, 4) @ states.transpose(-1, -2)
     return out.permute(0, 1, 3, 2, 4)
 
 
@@ -132,4 +136,4 @@ def read(
     num = read_states(q, states)
     if plain is None or mass is None:
         return num
-    return num / (torch.einsum("btshd,bthd->btsh", plain.float(), mass)[..., None] + eps)
+    return num / (torch.einsum("btshd,bthd->btsh", wide(plain), mass)[..., None] + eps)

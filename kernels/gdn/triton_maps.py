@@ -1,7 +1,8 @@
 """`frame_maps` in Triton: one program reduces a frame's tokens, of one head, to the frame's two matrices.
 
-A is D x D and U is V x D, both in registers; tokens pass by in tiles. Backwards, with P = K^T diag(b) K, each tile
-needs three products: with dP + dP^T, dU and dU^T.
+A is D x D and U is V x D, both in registers; tokens pass by in tiles. Backwards, with P = K^T diag(b) K and Q = dP +
+dP^T, a tile's dK = b (K Q + V dU) and dV = b K dU^T; and db = (K Q + V dU, K) / 2 + (K dU^T, V) / 2 by rows, because
+(V dU, K) = (K dU^T, V).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, roomy, tile, warps
 
 
 @triton.jit
@@ -50,30 +51,45 @@ def _backward(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    d, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     kind = k_ptr.dtype.element_ty
     at = frame * heads + head
     square = (d < D)[:, None] & (d < D)[None, :]
     grad = tl.load(d_transition_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
     flipped = tl.load(d_transition_ptr + at * D * D + d[None, :] * D + d[:, None], square, 0.0)
     both = (-tl.load(decay_ptr + at) * (grad + flipped)).to(kind)
-    d_increment = tl.load(
-        d_increment_ptr + at * V * D + c[:, None] * D + d[None, :], (c < V)[:, None] & (d < D)[None, :], 0.0
-    ).to(kind)
+    d_increment_ptr += at * V * D
+    once: tl.constexpr = BLOCK_V >= V
+    if once:
+        d_increment = _rows(d_increment_ptr, 0, d, D, V, BLOCK_V).to(kind)
     for start in range(0, tokens, BLOCK_S):
         inside = start + s < tokens
         token = (frame * tokens + start + s)[:, None]
-        in_k, in_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (c < V)[None, :]
+        in_k = inside[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + token * k_token + head * k_head + d[None, :], in_k, 0.0)
-        v = tl.load(v_ptr + token * v_token + head * v_head + c[None, :], in_v, 0.0)
         beta = tl.load(beta_ptr + token * heads + head, inside[:, None], 0.0)
-        through = tl.dot(k, both, input_precision=PRECISION)
-        from_v = tl.dot(k, tl.trans(d_increment), input_precision=PRECISION)
-        from_k = tl.dot(v, d_increment, input_precision=PRECISION)
-        dbeta = tl.sum(0.5 * through * k.to(tl.float32), 1) + tl.sum(from_v * v.to(tl.float32), 1)
-        tl.store(dk_ptr + (token * heads + head) * D + d[None, :], (beta * (through + from_k)).to(kind), in_k)
-        tl.store(dv_ptr + (token * heads + head) * V + c[None, :], (beta * from_v).to(kind), in_v)
+        to_k = tl.dot(k, both, input_precision=PRECISION)
+        dbeta = tl.zeros([BLOCK_S], tl.float32)
+        for first in tl.static_range(0, V, BLOCK_V):
+            c = first + tl.arange(0, BLOCK_V)
+            in_v = inside[:, None] & (c < V)[None, :]
+            v = tl.load(v_ptr + token * v_token + head * v_head + c[None, :], in_v, 0.0)
+            if not once:
+                d_increment = _rows(d_increment_ptr, first, d, D, V, BLOCK_V).to(kind)
+            to_v = tl.dot(k, tl.trans(d_increment), input_precision=PRECISION)
+            tl.store(dv_ptr + (token * heads + head) * V + c[None, :], (beta * to_v).to(kind), in_v)
+            dbeta += tl.sum(to_v * v.to(tl.float32), 1)
+            to_k = tl.dot(v, d_increment, to_k, input_precision=PRECISION)
+        tl.store(dk_ptr + (token * heads + head) * D + d[None, :], (beta * to_k).to(kind), in_k)
+        dbeta = 0.5 * (dbeta + tl.sum(to_k * k.to(tl.float32), 1))
         tl.store(dbeta_ptr + token * heads + head, dbeta[:, None], inside[:, None])
+
+
+@triton.jit
+def _rows(ptr, first, d, D: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Rows `first` and following of a V x D matrix."""
+    c = first + tl.arange(0, BLOCK_V)
+    return tl.load(ptr + c[:, None] * D + d[None, :], (c < V)[:, None] & (d < D)[None, :], 0.0)
 
 
 class FrameMaps(torch.autograd.Function):
@@ -97,17 +113,20 @@ class FrameMaps(torch.autograd.Function):
         dbeta = torch.empty_like(beta)
         d_transition, d_increment = d_transition.contiguous(), d_increment.contiguous()
         _backward[b * t, h](
-            k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v), num_warps=warps(padded(d))
-        )
+            k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v, divided=not roomy(k)),
+            num_warps=warps(padded(d)), num_stages=2 if roomy(k) else 1,
+        )  # fmt: skip
         # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
         ddecay = (d_transition * transition).sum((-1, -2)) / decay.clamp(min=1e-30)
         return dk, dv, dbeta, ddecay
 
 
-def _layout(k: Tensor, v: Tensor) -> tuple:
-    """The last arguments of both kernels."""
+def _layout(k: Tensor, v: Tensor, divided: bool = False) -> tuple:
+    """The last arguments of both kernels; divided: value channels in halves, by smaller tiles of tokens."""
     (_, _, tokens, heads, d), rows = k.shape, v.shape[-1]
     block_d, block_v = padded(d), padded(rows)
     block_s = tile(tokens, block_d + block_v, k.element_size())
+    if divided:
+        block_s, block_v = 16, max(16, block_v // 2)
     strides = k.stride(2), v.stride(2), tokens, heads, k.stride(3), v.stride(3)
     return *strides, d, rows, block_d, block_v, block_s, precision_of(k)

@@ -15,28 +15,35 @@ from torch import Tensor
 
 from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
 
+_WARPS = 4  # of the forward pass
+_PROGRAMS = 512  # that a device is worth; where frames and heads are fewer, a frame's tokens are divided
+
 
 @triton.jit
 def _forward(
-    q_ptr, state_ptr, plain_ptr, mass_ptr, out_ptr, q_token, plain_token, tokens, heads, q_head: tl.constexpr,
+    q_ptr, state_ptr, plain_ptr, mass_ptr, out_ptr, stretch, q_token, plain_token, tokens, heads, q_head: tl.constexpr,
     plain_head: tl.constexpr, eps: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    frame, head = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    token, inside = (frame * tokens + s)[:, None], (s < tokens)[:, None]
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
     at = frame * heads + head
-    q = tl.load(q_ptr + token * q_token + head * q_head + d[None, :], inside & (d < D)[None, :], 0.0)
-    state = tl.load(state_ptr + at * V * D + c[None, :] * D + d[:, None], (c < V)[None, :] & (d < D)[:, None], 0.0)
-    out = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+    state = tl.load(state_ptr + at * V * D + c[:, None] * D + d[None, :], (c < V)[:, None] & (d < D)[None, :], 0.0)
+    state = tl.trans(state.to(q_ptr.dtype.element_ty))
     if NORMALISED:
-        from_plain = plain_ptr + token * plain_token + head * plain_head + d[None, :]
-        plain = tl.load(from_plain, inside & (d < D)[None, :], 0.0)
         mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
-        out /= tl.sum(plain.to(tl.float32) * mass[None, :], 1)[:, None] + eps
-    to = out_ptr + (token * heads + head) * V + c[None, :]
-    tl.store(to, out.to(out_ptr.dtype.element_ty), inside & (c < V)[None, :])
+    first = tl.program_id(2) * stretch
+    for start in range(first, min(first + stretch, tokens), BLOCK_S):
+        inside = (start + s < tokens)[:, None]
+        token = (frame * tokens + start + s)[:, None]
+        q = tl.load(q_ptr + token * q_token + head * q_head + d[None, :], inside & (d < D)[None, :], 0.0)
+        out = tl.dot(q, state, input_precision=PRECISION)
+        if NORMALISED:
+            from_plain = plain_ptr + token * plain_token + head * plain_head + d[None, :]
+            plain = tl.load(from_plain, inside & (d < D)[None, :], 0.0)
+            out /= tl.sum(plain.to(tl.float32) * mass[None, :], 1)[:, None] + eps
+        to = out_ptr + (token * heads + head) * V + c[None, :]
+        tl.store(to, out.to(out_ptr.dtype.element_ty), inside & (c < V)[None, :])
 
 
 @triton.jit
@@ -53,6 +60,8 @@ def _backward(
     in_state = (c < V)[:, None] & (d < D)[None, :]
     state = tl.load(state_ptr + at * V * D + c[:, None] * D + d[None, :], in_state, 0.0).to(kind)
     dstate = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    if NORMALISED:
+        mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
     dmass = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, tokens, BLOCK_S):
         inside = (start + s < tokens)[:, None]
@@ -62,14 +71,13 @@ def _backward(
         grad = tl.load(grad_ptr + (token * heads + head) * V + c[None, :], in_v, 0.0).to(tl.float32)
         if NORMALISED:
             plain = tl.load(plain_ptr + token * plain_token + head * plain_head + d[None, :], in_d, 0.0).to(tl.float32)
-            mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
             den = tl.sum(plain * mass[None, :], 1)[:, None] + eps
             grad /= den  # of num
-            num = tl.dot(q, tl.trans(state), input_precision=PRECISION)
-            dden = -tl.sum(grad * num, 1)[:, None] / den
+        dq = tl.dot(grad.to(kind), state, input_precision=PRECISION)
+        if NORMALISED:
+            dden = -tl.sum(dq * q.to(tl.float32), 1)[:, None] / den  # (dq, q) is (grad, num)
             tl.store(dplain_ptr + (token * heads + head) * D + d[None, :], (dden * mass[None, :]).to(kind), in_d)
             dmass += tl.sum(dden * plain, 0)
-        dq = tl.dot(grad.to(kind), state, input_precision=PRECISION)
         tl.store(dq_ptr + (token * heads + head) * D + d[None, :], dq.to(kind), in_d)
         dstate = tl.dot(tl.trans(grad.to(kind)), q, dstate, input_precision=PRECISION)
     tl.store(dstate_ptr + at * V * D + c[:, None] * D + d[None, :], dstate, in_state)
@@ -90,8 +98,9 @@ class ReadStates(torch.autograd.Function):
         b, t, s, h, _ = q.shape
         out = q.new_empty(b, t, s, h, states.shape[-2])
         layout = _layout(q, plain, states, eps)
-        grid = triton.cdiv(s, layout[-3]), b * t, h
-        _forward[grid](q, states, plain, mass, out, *layout, num_warps=warps(padded(q.shape[-1])))
+        stretches = max(1, min(triton.cdiv(s, layout[-3]), _PROGRAMS // (b * t * h)))
+        stretch = triton.cdiv(triton.cdiv(s, stretches), layout[-3]) * layout[-3]
+        _forward[b * t, h, triton.cdiv(s, stretch)](q, states, plain, mass, out, stretch, *layout, num_warps=_WARPS)
         ctx.save_for_backward(q, states, plain, mass)
         ctx.eps = eps
         return out

@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import padded, precision_of
+from longtake.kernels.launch import padded, roomy
+
+_ROWS, _WARPS = 32, 8
+_PRECISION = (
+    "tf32x3"  # products of the state are float32's to some 20 bits: what rounding loses, every frame loses again
+)
 
 
 @triton.jit
@@ -83,6 +88,35 @@ def _both_ways(
                not GRADIENT, GRADIENT, "before", PRECISION)  # fmt: skip
 
 
+@triton.jit
+def _to_maps(
+    forwards_ptr, backwards_ptr, to_forwards_ptr, to_backwards_ptr, d_transition_ptr, d_increment_ptr, frames, heads,
+    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the two scans' gradients to a frame's. Its transition moved the state before it: of the frames before, and
+    of the frames after.
+    """
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    at = frame * heads + head
+    earlier = (frame % frames > 0) & (r < BLOCK_R)
+    total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    for first in range(0, ROWS, BLOCK_R):
+        inside = (first + r < ROWS)[:, None] & (d < D)[None, :]
+        here = at * ROWS * D + (first + r)[:, None] * D + d[None, :]
+        to_forwards, to_backwards = (
+            tl.load(to_forwards_ptr + here, inside, 0.0),
+            tl.load(to_backwards_ptr + here, inside, 0.0),
+        )
+        tl.store(d_increment_ptr + here, to_forwards + to_backwards, inside)
+        before = tl.load(forwards_ptr + here - heads * ROWS * D, inside & earlier[:, None], 0.0)
+        total = tl.dot(tl.trans(before), to_forwards, total, input_precision=PRECISION)
+        after = tl.load(backwards_ptr + here, inside, 0.0)
+        total = tl.dot(tl.trans(after), to_backwards, total, input_precision=PRECISION)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(d_transition_ptr + at * D * D + d[:, None] * D + d[None, :], total, square)
+
+
 class ScanStates(torch.autograd.Function):
     """transition (B, T, H, D, D), increment (B, T, H, V, D) and state (B, H, V, D), float32: the state after each frame
     and the last one."""
@@ -92,8 +126,8 @@ class ScanStates(torch.autograd.Function):
         transition, increment, state = transition.contiguous(), increment.contiguous(), state.float().contiguous()
         states, end = torch.empty_like(increment), torch.empty_like(state)
         _one_way[_grid(increment)](
-            transition, increment, state, states, end, *_layout(increment), False, False, "after",
-            precision_of(increment),
+            transition, increment, state, states, end, *_layout(increment), False, False, "after", _PRECISION,
+            num_warps=_WARPS, num_stages=_stages(increment),
         )  # fmt: skip
         ctx.save_for_backward(transition, state, states)
         return states, end
@@ -106,7 +140,7 @@ class ScanStates(torch.autograd.Function):
         d_increment, d_state = torch.empty_like(d_states), torch.empty_like(state)
         _one_way[_grid(d_states)](
             transition, d_states, torch.zeros_like(state), d_increment, d_state, *_layout(d_states), True, True,
-            "added", precision_of(d_states),
+            "added", _PRECISION, num_warps=_WARPS, num_stages=_stages(d_states),
         )  # fmt: skip
         before = torch.cat([state[:, None], states[:, :-1]], 1)
         return before.transpose(-1, -2) @ d_increment, d_increment, d_state
@@ -121,8 +155,9 @@ class BidirectionalStates(torch.autograd.Function):
         transition, increment = transition.contiguous(), increment.contiguous()
         forwards, backwards = torch.empty_like(increment), torch.empty_like(increment)
         _both_ways[*_grid(increment), 2](
-            transition, increment, forwards, backwards, *_layout(increment), False, precision_of(increment)
-        )
+            transition, increment, forwards, backwards, *_layout(increment), False, _PRECISION, num_warps=_WARPS,
+            num_stages=_stages(increment),
+        )  # fmt: skip
         ctx.save_for_backward(transition, forwards, backwards)
         return forwards + backwards
 
@@ -132,19 +167,28 @@ class BidirectionalStates(torch.autograd.Function):
         d_states = d_states.contiguous()
         to_forwards, to_backwards = torch.empty_like(d_states), torch.empty_like(d_states)
         _both_ways[*_grid(d_states), 2](
-            transition, d_states, to_forwards, to_backwards, *_layout(d_states), True, precision_of(d_states)
-        )
-        # A frame's transition moved the state before it: of the frames before, and of the frames after.
-        d_transition = backwards.transpose(-1, -2) @ to_backwards
-        d_transition[:, 1:] += forwards[:, :-1].transpose(-1, -2) @ to_forwards[:, 1:]
-        return d_transition, to_forwards + to_backwards
+            transition, d_states, to_forwards, to_backwards, *_layout(d_states), True, _PRECISION, num_warps=_WARPS,
+            num_stages=_stages(d_states),
+        )  # fmt: skip
+        d_transition, d_increment = torch.empty_like(transition), torch.empty_like(d_states)
+        b, t, h = d_states.shape[:3]
+        _to_maps[b * t, h](
+            forwards, backwards, to_forwards, to_backwards, d_transition, d_increment, *_layout(d_states), _PRECISION,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+        return d_transition, d_increment
 
 
 def _grid(increment: Tensor) -> tuple[int, int]:
     b, _, h, rows, _ = increment.shape
-    return triton.cdiv(rows, 16), b * h
+    return triton.cdiv(rows, _ROWS), b * h
+
+
+def _stages(x: Tensor) -> int:
+    """A stage is a frame's transition."""
+    return 2 if roomy(x) else 1
 
 
 def _layout(increment: Tensor) -> tuple:
     _, t, h, rows, d = increment.shape
-    return t, h, rows, d, 16, padded(d)
+    return t, h, rows, d, _ROWS, padded(d)

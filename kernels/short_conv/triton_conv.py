@@ -1,4 +1,8 @@
-"""`short_conv` in Triton. A symmetric kernel is its own transpose, so the gradient of x is the convolution of y's."""
+"""`short_conv` in Triton. A symmetric kernel is its own transpose, so the gradient of x is the convolution of y's.
+
+A program computes some frames of a block of channels, for one strip of tokens after another. It loads every frame that
+it needs once, each a member of a tuple; those beyond its own are its neighbours' too and come out of the cache.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +15,57 @@ from torch import Tensor
 
 from longtake.kernels.launch import contiguous_tokens
 
-_BLOCK = 1024
-_TOKENS, _CHANNELS, _PROGRAMS = 32, 64, 64  # of the weight's gradient: a tile, and programs a block of channels
+_FRAMES, _TOKENS, _CHANNELS, _WARPS = 7, 4, 64, 2  # a tile; 4 channels a thread
+_PROGRAMS, _PROGRAMS_BACKWARD = 110, 32  # for the same frames and channels; they share the strips of tokens
 
 
 @triton.jit
-def _convolve(x_ptr, weight_ptr, y_ptr, x_token, frames, tokens, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0) % frames  # neighbours in time run together and find their frames in cache
-    first = tl.program_id(0).to(tl.int64) * tokens
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s, c = at // C, at % C
-    inside = s < tokens
-    here = x_ptr + (first + s) * x_token + c
-    frame = tokens * x_token
-    y = tl.load(weight_ptr + c * K + K - 1).to(tl.float32) * tl.load(here, inside, 0.0).to(tl.float32)
-    for j in tl.static_range(1, K):
-        before = tl.load(here - j * frame, inside & (t >= j), 0.0).to(tl.float32)
-        after = tl.load(here + j * frame, inside & (t + j < frames), 0.0).to(tl.float32)
-        y += tl.load(weight_ptr + c * K + K - 1 - j).to(tl.float32) * (before + after)
-    tl.store(y_ptr + (first + s) * C + c, y.to(y_ptr.dtype.element_ty), inside)
-
-
-@triton.jit
-def _weight_gradient(
-    x_ptr, grad_ptr, out_ptr, x_token, frames, tokens, all_tokens, C: tl.constexpr, K: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+def _convolve(
+    x_ptr, taps_ptr, y_ptr, by_ptr, parts_ptr, x_token, by_token, frames, tokens, C: tl.constexpr, K: tl.constexpr,
+    FRAMES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over this program's tokens, tap by tap: out (programs, K, C)."""
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    """y (B, T, S, C) from x and taps (K, C), the present frame's last. Backwards, where x is the gradient of y and y
+    that of x, also this program's part (K, C) of the taps' gradient: sums of `by`, the input, times what met a tap.
+    """
+    reach: tl.constexpr = K - 1
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.arange(0, TOKENS)[:, None]
+    chunks = tl.cdiv(frames, FRAMES)
+    start = tl.program_id(1) % chunks * FRAMES
+    at = (tl.program_id(1) // chunks).to(tl.int64) * frames + start  # that frame among those of all clips
+    taps, parts = (), (tl.zeros([TOKENS, BLOCK_C], tl.float32),) * K
     for j in tl.static_range(K):
-        total = tl.zeros([BLOCK_C], tl.float32)
-        for start in range(tl.program_id(0) * BLOCK_S, all_tokens, tl.num_programs(0) * BLOCK_S):
-            token = (tl.cast(start, tl.int64) + tl.arange(0, BLOCK_S))[:, None]
-            inside = (token < all_tokens) & (c < C)
-            t = token // tokens % frames
-            grad = tl.load(grad_ptr + token * C + c, inside, 0.0).to(tl.float32)
-            here = x_ptr + token * x_token + c
-            x = tl.load(here - j * tokens * x_token, inside & (t >= j), 0.0).to(tl.float32)
-            if j > 0:
-                x += tl.load(here + j * tokens * x_token, inside & (t + j < frames), 0.0).to(tl.float32)
-            total += tl.sum(grad * x, 0)
-        to = out_ptr + (tl.program_id(0) * K + K - 1 - j) * C + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        tl.store(to, total, tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C) < C)
+        taps += (tl.load(taps_ptr + (reach - j) * C + c, c < C, 0.0).to(tl.float32)[None, :],)
+    for first in range(tl.program_id(2) * TOKENS, tokens, tl.num_programs(2) * TOKENS):
+        inside = (first + row < tokens) & (c < C)
+        x_at = x_ptr + ((at - reach) * tokens + first) * x_token + row * x_token + c
+        y_at = y_ptr + (at * tokens + first) * C + row * C + c
+        by_at = by_ptr + (at * tokens + first) * by_token + row * by_token + c
+        window = ()
+        for i in tl.static_range(FRAMES + 2 * reach):
+            t = start + i - reach
+            window += (tl.load(x_at, (t >= 0) & (t < frames) & inside, 0.0).to(tl.float32),)
+            x_at += tokens * x_token
+        for i in tl.static_range(FRAMES):
+            known = (start + i < frames) & inside
+            pairs = (window[i + reach],)
+            y = taps[0] * pairs[0]
+            for j in tl.static_range(1, K):
+                pairs += (window[i + reach - j] + window[i + reach + j],)
+                y += taps[j] * pairs[j]
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), known)
+            y_at += tokens * C
+            if BACKWARD:
+                by = tl.load(by_at, known, 0.0).to(tl.float32)
+                by_at += tokens * by_token
+                grown = ()
+                for j in tl.static_range(K):
+                    grown += (parts[j] + by * pairs[j],)
+                parts = grown
+    if BACKWARD:
+        program = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+        for j in tl.static_range(K):
+            tl.store(parts_ptr + (program * K + reach - j) * C + c, tl.sum(parts[j], 0), c < C)
 
 
 class ShortConv(torch.autograd.Function):
@@ -60,26 +73,29 @@ class ShortConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        x, weight = contiguous_tokens(x), weight.contiguous()
-        ctx.save_for_backward(x, weight)
-        return _convolved(x, weight)
+        x, taps = contiguous_tokens(x), weight[:, 0].to(x.dtype).T.contiguous()
+        ctx.save_for_backward(x, taps)
+        ctx.weight_dtype = weight.dtype
+        return _launch(x, taps)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        b, t, s, c = x.shape
-        k = weight.shape[-1]
-        programs = min(_PROGRAMS, triton.cdiv(b * t * s, _TOKENS))
-        parts = torch.empty(programs, k, c, device=x.device)
-        _weight_gradient[programs, triton.cdiv(c, _CHANNELS)](
-            x, grad, parts, x.stride(2), t, s, b * t * s, c, k, _TOKENS, _CHANNELS
-        )
-        return _convolved(grad, weight), parts.sum(0).T[:, None].to(weight.dtype)
+        x, taps = ctx.saved_tensors
+        dx, parts = _launch(grad.contiguous(), taps, x)
+        return dx, parts.sum(0).T[:, None].to(ctx.weight_dtype)
 
 
-def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    b, t, s, c = x.shape
+def _launch(x: Tensor, taps: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x convolved; with `by`, also the parts (programs, K, C) of the taps' gradient."""
+    (b, t, s, c), k = x.shape, len(taps)
+    backward = by is not None
+    clips = b * triton.cdiv(t, _FRAMES)
+    programs = min(_PROGRAMS_BACKWARD if backward else _PROGRAMS, triton.cdiv(s, _TOKENS))
     y = x.new_empty(x.shape)
-    _convolve[b * t, triton.cdiv(s * c, _BLOCK)](x, weight, y, x.stride(2), t, s, c, weight.shape[-1], _BLOCK)
-    return y
+    parts = torch.empty(clips * programs if backward else 0, k, c, device=x.device)
+    by = x if by is None else by
+    _convolve[triton.cdiv(c, _CHANNELS), clips, programs](
+        x, taps, y, by, parts, x.stride(2), by.stride(2), t, s, c, k, _FRAMES, _TOKENS, _CHANNELS, backward,
+        num_warps=_WARPS,
+    )  # fmt: skip
+    return y, parts

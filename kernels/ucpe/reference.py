@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.kernels.launch import wide
+
 EPS = 1e-5  # of the root mean square over all heads
 
 
@@ -18,7 +20,7 @@ def rotate(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
     """Turn interleaved channel pairs: x (B, N, H, D); rope (N, D / 2, 2), the cosine and sine of each angle.
     float32.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope[:, None].unbind(-1)
     sin = -sin if inverse else sin
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -26,9 +28,9 @@ def rotate(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
 
 def ucpe(x: Tensor, matrix: Tensor, rope: Tensor, inverse_rope: bool = False) -> Tensor:
     """x (B, N, H, D) in any float dtype; matrix (B, N, 4, 4); rope (N, D / 4, 2) as for `rotate`. Returns float32."""
-    projected, rotated = x.float().chunk(2, dim=-1)
+    projected, rotated = wide(x).chunk(2, dim=-1)
     b, n, h, half = projected.shape
-    groups = projected.reshape(b, n, h * half // 4, 4) @ matrix.float().transpose(-1, -2)
+    groups = projected.reshape(b, n, h * half // 4, 4) @ matrix.to(projected.dtype).transpose(-1, -2)
     return torch.cat([groups.view(b, n, h, half), rotate(rotated, rope, inverse_rope)], dim=-1)
 
 
@@ -55,9 +57,9 @@ def encode(
     then times `scale`. encoded: plain rotated by position, or, with the rays' `matrix` (B, N, 4, 4), under UCPE;
     `downscale` as `downscale_to_rms`.
     """
-    plain = x.float()
+    plain = wide(x)
     if weight is not None:
-        plain = F.rms_norm(plain.flatten(2), (weight.numel(),), weight.float(), EPS).view(x.shape)
+        plain = F.rms_norm(plain.flatten(2), (weight.numel(),), wide(weight), EPS).view(x.shape)
     plain = (plain.relu() if relu else plain) * scale
     encoded = rotate(plain, rope, inverse_rope) if matrix is None else ucpe(plain, matrix, rope, inverse_rope)
     return plain, downscale_to_rms(plain, encoded) if downscale else encoded

@@ -1,11 +1,13 @@
-"""`encode` in Triton: one token a program, all of its heads in one tile, read once and written once.
+"""`encode` in Triton: a token is read once and written once, some heads at a time.
 
-Channels of other lanes (the partner of a rotation, the three others of a group of 4) are loaded again, from the first
-level of cache. Legend: x input, y plain, e = U y under rotation or UCPE, f = r e with r <= 1 the downscaling.
+Channels are kept as groups of 4, each channel of the group a tensor of its own: a group is two rotated pairs, or what a
+ray's 4 x 4 matrix multiplies, so that U needs no other lane. Legend: x input, y plain, e = U y under rotation or UCPE,
+f = r e with r <= 1 the downscaling.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,165 +19,240 @@ from longtake.kernels.launch import padded
 
 _DOWNSCALE_EPS = tl.constexpr(1e-6)
 _LEAST_NORM = tl.constexpr(1e-6)
-_PROGRAMS = 1024  # that share the tokens of a backward pass; each leaves its part of the weight's gradient
+_PROGRAMS = 2048  # that share the tokens of a backward pass; each leaves its part of the weight's gradient
+_BACKWARD_WARPS = 2
 
 
 @triton.jit
-def _load(ptr, h, d, inside, H: tl.constexpr, D: tl.constexpr):
-    return tl.load(ptr + h * D + d, inside, 0.0).to(tl.float32)
+def _groups(x):
+    """(heads, 4 G) as four of (heads, G): the first, second, third and fourth channel of every group."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
-def _plain(x_ptr, weight_ptr, h, d, inside, rstd, scale, H: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
-           RELU: tl.constexpr):  # fmt: skip
-    """y of the channels d, which may be another lane's."""
-    y = _load(x_ptr, h, d, inside, H, D)
+def _channels(x):
+    """The inverse of `_groups`."""
+    even, odd = tl.join(x[0], x[2]), tl.join(x[1], x[3])
+    return tl.reshape(tl.join(even, odd), (x[0].shape[0], x[0].shape[1] * 4))
+
+
+@triton.jit
+def _load(ptr, at, inside):
+    return _groups(tl.load(ptr + at, inside, 0.0).to(tl.float32))
+
+
+@triton.jit
+def _store(ptr, at, x, inside):
+    tl.store(ptr + at, _channels(x).to(ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _dot(a, b):
+    """Sum over channels, by head."""
+    return tl.sum(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3], 1)[:, None]
+
+
+@triton.jit
+def _plain(x, weight, factor, scale, RELU: tl.constexpr, NORM: tl.constexpr):
+    """One channel's y."""
+    y = x * (factor * weight) if NORM else x
+    return (tl.maximum(y, 0.0) if RELU else y) * scale
+
+
+@triton.jit
+def _plains(x, weight, factor, scale, RELU: tl.constexpr, NORM: tl.constexpr):
+    return (
+        _plain(x[0], weight[0], factor, scale, RELU, NORM),
+        _plain(x[1], weight[1], factor, scale, RELU, NORM),
+        _plain(x[2], weight[2], factor, scale, RELU, NORM),
+        _plain(x[3], weight[3], factor, scale, RELU, NORM),
+    )
+
+
+@triton.jit
+def _turn(x, rope, sign, ray, of_rays, RAYS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """U x, or its transpose; rope holds cosine and sine of both pairs, `ray` the matrix by rows."""
+    cos, sin, cos_2, sin_2 = rope[0], rope[1] * sign, rope[2], rope[3] * sign
+    a, b = x[0] * cos - x[1] * sin, x[0] * sin + x[1] * cos
+    c, d = x[2] * cos_2 - x[3] * sin_2, x[2] * sin_2 + x[3] * cos_2
+    if RAYS:
+        across: tl.constexpr = 4 if TRANSPOSED else 1
+        down: tl.constexpr = 1 if TRANSPOSED else 4
+        a = tl.where(of_rays, _row(x, ray, 0, across), a)
+        b = tl.where(of_rays, _row(x, ray, down, across), b)
+        c = tl.where(of_rays, _row(x, ray, 2 * down, across), c)
+        d = tl.where(of_rays, _row(x, ray, 3 * down, across), d)
+    return a, b, c, d
+
+
+@triton.jit
+def _row(x, ray, start: tl.constexpr, step: tl.constexpr):
+    return x[0] * ray[start] + x[1] * ray[start + step] + x[2] * ray[start + 2 * step] + x[3] * ray[start + 3 * step]
+
+
+@triton.jit
+def _ray(ptr, row, column, RAYS: tl.constexpr):
+    """The sixteen entries of a token's matrix."""
+    if RAYS:
+        return (
+            tl.load(ptr), tl.load(ptr + column), tl.load(ptr + 2 * column), tl.load(ptr + 3 * column),
+            tl.load(ptr + row), tl.load(ptr + row + column), tl.load(ptr + row + 2 * column),
+            tl.load(ptr + row + 3 * column),
+            tl.load(ptr + 2 * row), tl.load(ptr + 2 * row + column), tl.load(ptr + 2 * row + 2 * column),
+            tl.load(ptr + 2 * row + 3 * column),
+            tl.load(ptr + 3 * row), tl.load(ptr + 3 * row + column), tl.load(ptr + 3 * row + 2 * column),
+            tl.load(ptr + 3 * row + 3 * column),
+        )  # fmt: skip
+    return (0.0,) * 16
+
+
+@triton.jit
+def _factor(x_ptr, h, d, inside, eps, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, NORM: tl.constexpr):
+    """One over the root mean square of the token's channels."""
     if NORM:
-        y = y * rstd * _load(weight_ptr, h, d, inside, H, D)
-    if RELU:
-        y = tl.maximum(y, 0.0)
-    return y * scale
+        squares = tl.zeros([BLOCK_H, d.shape[1]], tl.float32)
+        for first in tl.static_range(0, H, BLOCK_H):
+            x = tl.load(x_ptr + (first + h) * D + d, inside, 0.0).to(tl.float32)
+            squares += x * x
+        return tl.rsqrt(tl.sum(squares) / (H * D) + eps)
+    return 1.0
 
 
 @triton.jit
-def _turn(rope_ptr, d, HALF: tl.constexpr, D: tl.constexpr, INVERSE: tl.constexpr):
-    """Cosine and signed sine of channels d: a rotated channel is cosine x own + signed sine x partner."""
-    rotated = (d >= HALF) & (d < D)
-    pair = (d - HALF) // 2
-    cos, sin = tl.load(rope_ptr + 2 * pair, rotated, 0.0), tl.load(rope_ptr + 2 * pair + 1, rotated, 0.0)
-    return cos, tl.where((d % 2 == 0) != INVERSE, -sin, sin)
+def _shrinking(y2, e2, D: tl.constexpr):
+    return tl.minimum(tl.sqrt(y2 / D + _DOWNSCALE_EPS) / tl.sqrt(e2 / D + _DOWNSCALE_EPS), 1.0)
 
 
 @triton.jit
-def _encoded(x_ptr, weight_ptr, matrix_ptr, rope_ptr, y, h, d, inside, rstd, scale, row, column, H: tl.constexpr,
-             D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr,
-             INVERSE: tl.constexpr):  # fmt: skip
-    """U y: the first HALF channels under the ray's matrix, the others rotated."""
-    cos, sin = _turn(rope_ptr, d, HALF, D, INVERSE)
-    e = y * cos + _plain(x_ptr, weight_ptr, h, d ^ 1, inside, rstd, scale, H, D, NORM, RELU) * sin
-    if HALF > 0:
-        for j in tl.static_range(4):
-            entry = tl.load(matrix_ptr + (d % 4) * row + j * column, d < HALF, 0.0)
-            e += entry * _plain(x_ptr, weight_ptr, h, d // 4 * 4 + j, inside, rstd, scale, H, D, NORM, RELU)
-    return e
+def _scaled(x, by):
+    return x[0] * by, x[1] * by, x[2] * by, x[3] * by
+
+
+@triton.jit
+def _added(x, y, by):
+    """x + by y."""
+    return x[0] + by * y[0], x[1] + by * y[1], x[2] + by * y[2], x[3] + by * y[3]
 
 
 @triton.jit
 def _forward(
     x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens, matrix_token, row,
-    column, scale, eps, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr, INVERSE: tl.constexpr,
+    column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
     PLAIN: tl.constexpr, INFLATION: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     h, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    inside = (h < H) & (d < D)
+    inside = (h < BLOCK_H) & (d < D)
+    of_rays = (tl.arange(0, BLOCK_D // 4) * 4 < HALF)[None, :]
     x_ptr += token * x_token
-    matrix_ptr += token * matrix_token
-    rope_ptr += token % tokens * (D - HALF)
-    rstd = 1.0
-    if NORM:
-        x = _load(x_ptr, h, d, inside, H, D)
-        rstd = tl.rsqrt(tl.sum(x * x) / (H * D) + eps)
-    y = _plain(x_ptr, weight_ptr, h, d, inside, rstd, scale, H, D, NORM, RELU)
-    e = _encoded(x_ptr, weight_ptr, matrix_ptr, rope_ptr, y, h, d, inside, rstd, scale, row, column, H, D, HALF, NORM,
-                 RELU, INVERSE)  # fmt: skip
-    if DOWNSCALE:
-        target = tl.sqrt(tl.sum(y * y, 1) / D + _DOWNSCALE_EPS)
-        e *= tl.minimum(target / tl.sqrt(tl.sum(e * e, 1) / D + _DOWNSCALE_EPS), 1.0)[:, None]
-    here = token * H * D + h * D + d
-    if PLAIN:
-        tl.store(plain_ptr + here, y.to(plain_ptr.dtype.element_ty), inside)
-    tl.store(encoded_ptr + here, e.to(encoded_ptr.dtype.element_ty), inside)
-    if INFLATION:
-        before = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), _LEAST_NORM)
-        growth = tl.maximum(tl.sqrt(tl.sum(e * e, 1)), _LEAST_NORM) / before
-        heads = tl.arange(0, BLOCK_H)
-        tl.store(inflation_ptr + token * H + heads, growth * growth, heads < H)
+    rope = _load(rope_ptr + token % tokens * (D - HALF), d - HALF, (d >= HALF) & (d < D))
+    ray = _ray(matrix_ptr + token * matrix_token, row, column, HALF > 0)
+    factor = _factor(x_ptr, h, d, inside, eps, H, D, BLOCK_H, NORM)
+    for first in tl.static_range(0, H, BLOCK_H):
+        at = (first + h) * D + d
+        x = _load(x_ptr, at, inside)
+        weight = _load(weight_ptr, at, inside) if NORM else x
+        y = _plains(x, weight, factor, scale, RELU, NORM)
+        e = _turn(y, rope, sign, ray, of_rays, HALF > 0, False)
+        if DOWNSCALE:
+            e = _scaled(e, _shrinking(_dot(y, y), _dot(e, e), D))
+        if PLAIN:
+            _store(plain_ptr + token * H * D, at, y, inside)
+        _store(encoded_ptr + token * H * D, at, e, inside)
+        if INFLATION:
+            before = tl.maximum(tl.sqrt(_dot(y, y)), _LEAST_NORM)
+            growth = tl.maximum(tl.sqrt(_dot(e, e)), _LEAST_NORM) / before
+            tl.store(inflation_ptr + token * H + first + h, growth * growth)
 
 
 @triton.jit
 def _backward(
     x_ptr, weight_ptr, matrix_ptr, rope_ptr, d_plain_ptr, d_encoded_ptr, d_inflation_ptr, dx_ptr, d_weight_ptr, x_token,
-    tokens, all_tokens, matrix_token, row, column, scale, eps, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
-    INVERSE: tl.constexpr, PLAIN: tl.constexpr, ENCODED: tl.constexpr, INFLATION: tl.constexpr,
+    tokens, all_tokens, matrix_token, row, column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr,
+    DOWNSCALE: tl.constexpr, PLAIN: tl.constexpr, ENCODED: tl.constexpr, INFLATION: tl.constexpr,
 ):  # fmt: skip
     h, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    heads = tl.arange(0, BLOCK_H)
-    inside = (h < H) & (d < D)
-    d_weight = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    inside = (h < BLOCK_H) & (d < D)
+    of_rays = (tl.arange(0, BLOCK_D // 4) * 4 < HALF)[None, :]
+    least: tl.constexpr = _LEAST_NORM * _LEAST_NORM
+    empty = tl.zeros([BLOCK_H, BLOCK_D // 4], tl.float32)
+    nothing = (empty, empty, empty, empty)
+    d_weights = (nothing,) * (H // BLOCK_H)
     for number in range(tl.program_id(0), all_tokens, tl.num_programs(0)):
         token = tl.cast(number, tl.int64)
-        at, rays = x_ptr + token * x_token, matrix_ptr + token * matrix_token
-        rope = rope_ptr + token % tokens * (D - HALF)
-        here = token * H * D
-        x = _load(at, h, d, inside, H, D)
-        rstd = 1.0
+        from_x, here = x_ptr + token * x_token, token * H * D
+        rope = _load(rope_ptr + token % tokens * (D - HALF), d - HALF, (d >= HALF) & (d < D))
+        ray = _ray(matrix_ptr + token * matrix_token, row, column, HALF > 0)
+        factor = _factor(from_x, h, d, inside, eps, H, D, BLOCK_H, NORM)
+        through = 0.0  # the normalisation: sum of dy x over all heads
+        dys = ()
+        to_weights = ()
+        for first in tl.static_range(0, H, BLOCK_H):
+            at = (first + h) * D + d
+            x = _load(from_x, at, inside)
+            weight = _load(weight_ptr, at, inside) if NORM else x
+            y = _plains(x, weight, factor, scale, RELU, NORM)
+            dy = _load(d_plain_ptr + here, at, inside) if PLAIN else nothing
+            de = _load(d_encoded_ptr + here, at, inside) if ENCODED else nothing
+            if DOWNSCALE or INFLATION:
+                e = _turn(y, rope, sign, ray, of_rays, HALF > 0, False)
+                y2, e2 = _dot(y, y), _dot(e, e)
+                shrink = _shrinking(y2, e2, D) if DOWNSCALE else tl.full([BLOCK_H, 1], 1.0, tl.float32)  # r
+                direct = tl.zeros([BLOCK_H, 1], tl.float32)  # of dL/dy, along y
+                grow = tl.zeros([BLOCK_H, 1], tl.float32)  # of dL/df, along f
+                if INFLATION:
+                    f2 = e2 * shrink * shrink
+                    d_inflation = tl.load(d_inflation_ptr + token * H + first + h)
+                    grow = tl.where(f2 > least, 2 * d_inflation / tl.maximum(y2, least), 0.0)
+                    inflation = tl.maximum(f2, least) / tl.maximum(y2, least)
+                    direct -= tl.where(y2 > least, 2 * d_inflation * inflation / tl.maximum(y2, least), 0.0)
+                along = grow * shrink * shrink  # dL/de = r dL/df + along e
+                if DOWNSCALE:
+                    d_shrink = grow * shrink * e2
+                    if ENCODED:
+                        d_shrink += _dot(de, e)
+                    d_shrink = tl.where(shrink < 1, d_shrink * shrink, 0.0)
+                    along -= d_shrink / (e2 + D * _DOWNSCALE_EPS)
+                    direct += d_shrink / (y2 + D * _DOWNSCALE_EPS)
+                dy = _added(dy, y, direct)
+                de = _added(_scaled(de, shrink), e, along)
+            dy = _scaled(_added(dy, _turn(de, rope, -sign, ray, of_rays, HALF > 0, True), 1.0), scale)
+            if RELU:
+                dy = (
+                    tl.where(y[0] * scale > 0, dy[0], 0.0), tl.where(y[1] * scale > 0, dy[1], 0.0),
+                    tl.where(y[2] * scale > 0, dy[2], 0.0), tl.where(y[3] * scale > 0, dy[3], 0.0),
+                )  # fmt: skip
+            if NORM:
+                x = _scaled(x, factor)
+                to_weights = to_weights + ((dy[0] * x[0], dy[1] * x[1], dy[2] * x[2], dy[3] * x[3]),)
+                dy = (dy[0] * weight[0], dy[1] * weight[1], dy[2] * weight[2], dy[3] * weight[3])
+                through += tl.sum(_dot(dy, x))
+                dys = dys + (dy,)
+            else:
+                _store(dx_ptr + here, at, dy, inside)
         if NORM:
-            rstd = tl.rsqrt(tl.sum(x * x) / (H * D) + eps)
-        y = _plain(at, weight_ptr, h, d, inside, rstd, scale, H, D, NORM, RELU)
-        dy = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-        if PLAIN:
-            dy += _load(d_plain_ptr + here, h, d, inside, H, D)
-        shrink = tl.full([BLOCK_H], 1.0, tl.float32)  # r
-        along = tl.zeros([BLOCK_H], tl.float32)  # of dL/de = r dL/df + along e
-        if DOWNSCALE or INFLATION:
-            e = _encoded(at, weight_ptr, rays, rope, y, h, d, inside, rstd, scale, row, column, H, D, HALF, NORM,
-                         RELU, INVERSE)  # fmt: skip
-            y2, e2 = tl.sum(y * y, 1), tl.sum(e * e, 1)
-            direct = tl.zeros([BLOCK_H], tl.float32)  # of dL/dy, along y
-            if DOWNSCALE:
-                shrink = tl.minimum(tl.sqrt(y2 / D + _DOWNSCALE_EPS) / tl.sqrt(e2 / D + _DOWNSCALE_EPS), 1.0)
-            grow = tl.zeros([BLOCK_H], tl.float32)  # of dL/df, along f
-            if INFLATION:
-                least: tl.constexpr = _LEAST_NORM * _LEAST_NORM
-                f2 = e2 * shrink * shrink
-                d_inflation = tl.load(d_inflation_ptr + token * H + heads, heads < H, 0.0)
-                grow = tl.where(f2 > least, 2 * d_inflation / tl.maximum(y2, least), 0.0)
-                inflation = tl.maximum(f2, least) / tl.maximum(y2, least)
-                direct -= tl.where(y2 > least, 2 * d_inflation * inflation / tl.maximum(y2, least), 0.0)
-            along = grow * shrink * shrink
-            if DOWNSCALE:
-                d_shrink = grow * shrink * e2
-                if ENCODED:
-                    d_shrink += tl.sum(_load(d_encoded_ptr + here, h, d, inside, H, D) * e, 1)
-                d_shrink = tl.where(shrink < 1, d_shrink * shrink, 0.0)
-                along -= d_shrink / (e2 + D * _DOWNSCALE_EPS)
-                direct += d_shrink / (y2 + D * _DOWNSCALE_EPS)
-            dy += (direct[:, None]) * y
-        # U^T (r dL/df) + along U^T U y; a rotation's U^T U is the identity
-        cos, sin = _turn(rope, d, HALF, D, INVERSE)
-        turned = along[:, None] * tl.where(d >= HALF, y, 0.0)
-        if ENCODED:
-            turned += shrink[:, None] * (
-                _load(d_encoded_ptr + here, h, d, inside, H, D) * cos
-                - _load(d_encoded_ptr + here, h, d ^ 1, inside, H, D) * sin
-            )
-        if HALF > 0:
-            for j in tl.static_range(4):
-                if ENCODED:
-                    entry = tl.load(rays + j * row + (d % 4) * column, d < HALF, 0.0)
-                    turned += shrink[:, None] * entry * _load(d_encoded_ptr + here, h, d // 4 * 4 + j, inside, H, D)
-                if DOWNSCALE or INFLATION:
-                    square = tl.zeros([1, BLOCK_D], tl.float32)
-                    for i in tl.static_range(4):
-                        square += tl.load(rays + i * row + (d % 4) * column, d < HALF, 0.0) * tl.load(
-                            rays + i * row + j * column
-                        )
-                    other = _plain(at, weight_ptr, h, d // 4 * 4 + j, inside, rstd, scale, H, D, NORM, RELU)
-                    turned += along[:, None] * square * other
-        dy = (dy + turned) * scale
-        if RELU:
-            dy = tl.where(y * scale > 0, dy, 0.0)
-        if NORM:
-            x *= rstd
-            d_weight += dy * x
-            dy *= _load(weight_ptr, h, d, inside, H, D)
-            dy = rstd * (dy - x * (tl.sum(dy * x) / (H * D)))
-        tl.store(dx_ptr + here + h * D + d, dy.to(dx_ptr.dtype.element_ty), inside)
+            d_weights = _all_added(d_weights, to_weights)
+            for first in tl.static_range(0, H, BLOCK_H):
+                at = (first + h) * D + d
+                x = _scaled(_load(from_x, at, inside), factor)
+                dx = _scaled(_added(dys[first // BLOCK_H], x, -through / (H * D)), factor)
+                _store(dx_ptr + here, at, dx, inside)
     if NORM:
-        tl.store(d_weight_ptr + tl.program_id(0) * H * D + h * D + d, d_weight, inside)
+        for first in tl.static_range(0, H, BLOCK_H):
+            _store(d_weight_ptr + tl.program_id(0) * H * D, (first + h) * D + d, d_weights[first // BLOCK_H], inside)
+
+
+@triton.jit
+def _all_added(xs, ys):
+    sums = ()
+    for i in tl.static_range(len(xs)):
+        sums = sums + (_added(xs[i], ys[i], 1.0),)
+    return sums
 
 
 class Encode(torch.autograd.Function):
@@ -194,10 +271,11 @@ class Encode(torch.autograd.Function):
         plain = x.new_empty(x.shape) if wanted[0] else None
         encoded = x.new_empty(x.shape)
         inflation = torch.empty(b, n, h, device=x.device) if wanted[1] else None
-        sizes, flags = _layout(x, weight, matrix, relu, downscale, inverse)
+        sizes, sign = _sizes(x, matrix), -1.0 if inverse else 1.0
         _forward[b * n,](
             x, weight, matrix if matrix is not None else x, rope, plain, encoded, inflation, x.stride(1), n,
-            *_matrix_strides(matrix), scale, eps, *sizes, *flags, *wanted, num_warps=_warps(sizes),
+            *_matrix_strides(matrix), scale, eps, sign, *sizes, weight is not None, relu, downscale, *wanted,
+            num_warps=4 if matrix is None else 2,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, matrix, rope)
         ctx.options = options
@@ -212,11 +290,11 @@ class Encode(torch.autograd.Function):
         programs = min(_PROGRAMS, b * n)
         dx = x.new_empty(x.shape)
         parts = None if weight is None else torch.empty(programs, h * d, device=x.device)
-        sizes, flags = _layout(x, weight, matrix, relu, downscale, inverse)
+        sizes, sign = _sizes(x, matrix), -1.0 if inverse else 1.0
         _backward[programs,](
             x, weight, matrix if matrix is not None else x, rope, *grads, dx, parts, x.stride(1), n, b * n,
-            *_matrix_strides(matrix), scale, eps, *sizes, *flags, *(grad is not None for grad in grads),
-            num_warps=_warps(sizes),
+            *_matrix_strides(matrix), scale, eps, sign, *sizes, weight is not None, relu, downscale,
+            *(grad is not None for grad in grads), num_warps=_BACKWARD_WARPS,
         )  # fmt: skip
         return dx, None if weight is None else parts.sum(0).to(weight.dtype), None, None, None, None  # type: ignore[union-attr]
 
@@ -236,13 +314,7 @@ def _matrix_strides(matrix: Tensor | None) -> tuple[int, int, int]:
     return matrix.stride(1), matrix.stride(2), matrix.stride(3)
 
 
-def _layout(
-    x: Tensor, weight: Tensor | None, matrix: Tensor | None, relu: bool, downscale: bool, inverse: bool
-) -> tuple[tuple, tuple]:
+def _sizes(x: Tensor, matrix: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Heads, channels, those under the ray's matrix; and of a tile, the heads and the channels."""
     h, d = x.shape[2:]
-    sizes = h, d, d // 2 if matrix is not None else 0, 1 << (h - 1).bit_length(), padded(d)
-    return sizes, (weight is not None, relu, downscale, inverse)
-
-
-def _warps(sizes: tuple) -> int:
-    return max(1, min(8, sizes[3] * sizes[4] // 512))
+    return h, d, d // 2 if matrix is not None else 0, math.gcd(h, 4), padded(d)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.kernels.gdn import frame_maps, read
+from longtake.kernels.launch import wide
+from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
 from longtake.kernels.ucpe import encode
 from longtake.model.config import SoftmaxScale, WorldModelConfig
@@ -97,11 +99,11 @@ class DualBranchAttention(nn.Module):
             camera = self._heads(projected, at, self.conv_k_cam)
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
-        out = mixed.to(x.dtype).flatten(2)
+        from_camera = None
         if mixed_camera is not None:
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
-            out = out + at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
-        return self.proj((out * F.silu(self.output_gate(x).float())).to(x.dtype))
+            from_camera = at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
+        return self.proj(output_gate(mixed.flatten(2), self.output_gate(x), from_camera))
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
@@ -142,8 +144,8 @@ class GDNAttention(DualBranchAttention):
         """beta (B, T, S, H) a token, decay (B, T, H) a frame, float32."""
         x = x.unflatten(1, (frames, -1))
         beta = self._linear(self.beta_proj, x).sigmoid()
-        step = F.softplus(self._linear(self.gate_proj, x.mean(2)).float() + self.dt_bias.float())
-        return beta.float(), (-self.A_log.float().exp() * step).exp()
+        step = F.softplus(wide(self._linear(self.gate_proj, x.mean(2))) + wide(self.dt_bias))
+        return wide(beta), (-wide(self.A_log).exp() * step).exp()
 
     @staticmethod
     def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -195,14 +197,14 @@ class SoftmaxAttention(DualBranchAttention):
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         q, k, v = main
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
-        dtype = self.compute_dtype if v.dtype == torch.float32 else v.dtype
+        dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
         q, *_ = encode(q, at.rope, self.q_norm.weight)
         k, *_ = encode(k, at.rope, self.k_norm.weight)
         out = at.time.attend(q, k, v, self.scale_main, dtype)
         if camera is None:
             return out, None
         q, k, v, _ = self.to_rays(camera, at)
-        return out, at.time.attend(q, k, v, self.scale_camera, dtype).float()
+        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype))
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

@@ -21,7 +21,7 @@ class _Conv(nn.Module):
 
 
 class GLUMBConvTemp(nn.Module):
-    """Point-wise expansion, 3 x 3 depthwise, gate, point-wise reduction y; returns y + temporal convolution of y."""
+    """Point-wise expansion, 3 x 3 depthwise, gate, point-wise reduction y; and a temporal convolution of y."""
 
     def __init__(self, size: int, inner: int, temporal_kernel_size: int):
         super().__init__()
@@ -33,8 +33,8 @@ class GLUMBConvTemp(nn.Module):
         )
         nn.init.zeros_(self.t_conv.weight)
 
-    def forward(self, x: Tensor, grid: tuple[int, int, int], time: TimeAxis) -> Tensor:
-        """x (B, N, C) of a (T, height, width) grid."""
+    def forward(self, x: Tensor, grid: tuple[int, int, int], time: TimeAxis) -> tuple[Tensor, Tensor]:
+        """x (B, N, C) of a (T, height, width) grid: y and its convolution, which the block adds up."""
         frames, height, width = grid
         expand, depthwise = self.inverted_conv.conv, self.depth_conv.conv
         # 1 x 1 convolutions are matrix products, and many times faster as such.
@@ -42,8 +42,7 @@ class GLUMBConvTemp(nn.Module):
         assert depthwise.bias is not None
         y = F.linear(glu_conv(y, depthwise.weight, depthwise.bias), self.point_conv.conv.weight.flatten(1))
         y = y.view(len(x), frames, height * width, -1)
-        y = y + time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time)
-        return y.flatten(1, 2)
+        return y.flatten(1, 2), time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time).flatten(1, 2)
 
     def _over_time(self, y: Tensor) -> Tensor:
         """(B, T, S, C), without a copy of it."""

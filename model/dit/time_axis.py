@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longtake.kernels.attention import attend
+from longtake.kernels.attention import attend, attend_float8
 from longtake.kernels.gdn import bidirectional_states
 
 
@@ -34,6 +34,8 @@ class TimeAxis:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`."""
+        if dtype == torch.float8_e4m3fn:
+            return attend_float8(q, k, v, scale)
         return attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
 
 

@@ -7,13 +7,23 @@ the public checkpoints (SANA-WM section 1.13), so a state dict of either release
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
+from longtake.kernels.modulate import gated, modulate
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
@@ -63,7 +73,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every token attends to the text. mask (B, L) bool."""
+    """Every token attends to the text: its features (B, L, C), or their keys and values. mask (B, L) bool."""
 
     def __init__(self, size: int, heads: int):
         super().__init__()
@@ -75,14 +85,25 @@ class CrossAttention(nn.Module):
         )
         self.q_norm, self.k_norm = nn.RMSNorm(size, 1e-6), nn.RMSNorm(size, 1e-6)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, L, D) each."""
         k, v = self.kv_linear(text).chunk(2, dim=-1)
-        q, k, v = (
-            tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(v.dtype)
-            for tensor in (self.q_norm(self.q_linear(x)), self.k_norm(k), v)
-        )
+        return self._heads(self.k_norm(k).to(v.dtype)), self._heads(v)
+
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        k, v = text if isinstance(text, tuple) else self.keys_and_values(text)
+        q = self._heads(self.q_norm(self.q_linear(x)).to(v.dtype))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _what_to_keep(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of a softmax block, attention over the whole clip: its work grows with the square of what its result takes."""
+    whole = operator in _ATTENTIONS and args[1].shape[2] >= args[0].shape[2]
+    return CheckpointPolicy.MUST_SAVE if whole else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -98,15 +119,30 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, size) / size**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, mask: Tensor, time: Tensor, at: Positions, plucker: Tensor | None, grid: tuple
+        self,
+        x: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        mask: Tensor,
+        time: Tensor,
+        at: Positions,
+        plucker: Tensor | None,
+        grid: tuple,
     ) -> Tensor:
-        """x (B, N, C); text (B, L, C); time (B, T, 6, C)."""
+        """x (B, N, C); text (B, L, C) or its keys and values; time (B, T, 6, C)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).chunk(6, dim=2)
-        x = x + per_frame(gate_a, self.attn(modulate(x, shift_a, scale_a), at))
-        if plucker is not None:
-            x = x + at.seen(self.plucker_proj(plucker))
+        rays = None if plucker is None else at.seen(self.plucker_proj(plucker))
+        x = gated(x, gate_a, self.attn(modulate(x, shift_a, scale_a), at), plus=rays)
         x = x + self.cross_attn(x, text, mask)
-        return x + per_frame(gate_m, self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
+        return gated(x, gate_m, *self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
+
+
+_ATTENTIONS = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+_keeping_attention = functools.partial(create_selective_checkpoint_contexts, _what_to_keep)
 
 
 class FinalLayer(nn.Module):
@@ -122,12 +158,24 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
+@dataclass
+class Context:
+    """What a denoising step reads beside the latents: the same for all steps of a sample. text: features (B, L, C), or
+    for each block their keys and values; plucker: embedded (B, N, C)."""
+
+    grid: tuple[int, int, int]
+    text: Tensor | list[tuple[Tensor, Tensor]]
+    mask: Tensor
+    at: Positions
+    plucker: Tensor | None = None
+
+
 class WorldModel(nn.Module):
     """SANA-WM's diffusion transformer; random weights in float32.
 
     A clean latent frame (the image) has timestep 0. Without a camera, or where `config.camera_branches` says so, the
     camera branch and the Pluecker embedding are left out. checkpoint_blocks: in training, keep nothing of a block but
-    its input, and compute the block once more in the backward pass.
+    its input and the result of its softmax attention, and compute the rest once more in the backward pass.
     """
 
     checkpoint_blocks = False
@@ -193,26 +241,49 @@ class WorldModel(nn.Module):
         axis holds a stretch of the clip, latents, timestep and camera are that stretch's. camera_seen (B,): false for
         clips that are to be as if they had no camera.
         """
-        grid = latents.shape[2:]
+        context = self.context(latents.shape[2:], text, text_mask, camera, time_axis, camera_seen)
+        return self.velocity(latents, timestep, context)
+
+    def context(
+        self,
+        grid: Sequence[int],
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures | None = None,
+        time_axis: TimeAxis = WHOLE_CLIP,
+        camera_seen: Tensor | None = None,
+        of_sample: bool = False,
+    ) -> Context:
+        """What `velocity` reads of text and camera, for latents of a (T, h, w) grid; arguments as in `forward`.
+
+        of_sample: for many steps, so keys and values of the text are computed here, once for all of them.
+        """
         dtype = self.x_embedder.proj.weight.dtype
-        x = self.x_embedder(latents.to(dtype))
-        time = self.t_embedder(timestep)
-        modulation = self.t_block(time).unflatten(-1, (6, -1))
         y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
         rays = camera if self.config.reads_rays else None
-        at, plucker = self._positions(grid, rays, latents.device, time_axis), None
+        at, plucker = self._positions(tuple(grid), rays, text.device, time_axis), None
         if camera_seen is not None:
             at.camera_seen = camera_seen[:, None, None]
         if camera is not None and self.config.reads_plucker:
             plucker = self.plucker_embedder(camera.plucker.to(dtype))
-        others = y, text_mask.bool(), modulation, at, plucker, tuple(grid)
-        for block in self.blocks:
+        of_blocks = [block.cross_attn.keys_and_values(y) for block in self.blocks] if of_sample else y
+        return Context(tuple(grid), of_blocks, text_mask.bool(), at, plucker)  # type: ignore[arg-type]
+
+    def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
+        """As `forward`, of a context prepared before."""
+        x = self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype))
+        time = self.t_embedder(timestep)
+        modulation = self.t_block(time).unflatten(-1, (6, -1))
+        for number, block in enumerate(self.blocks):
+            text = context.text[number] if isinstance(context.text, list) else context.text
+            others = text, context.mask, modulation, context.at, context.plucker, context.grid
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 # No block draws random numbers.
-                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+                keep = _keeping_attention if isinstance(block.attn, SoftmaxAttention) else noop_context_fn
+                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
             else:
                 x = block(x, *others)
-        return self.final_layer(x, time).transpose(1, 2).unflatten(2, grid)
+        return self.final_layer(x, time).transpose(1, 2).unflatten(2, context.grid)
 
     def _positions(
         self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device, time: TimeAxis
@@ -227,14 +298,3 @@ class WorldModel(nn.Module):
             ray_from_world, world_from_ray = ray_matrices(camera.conditions.float(), grid[1], grid[2])
         rays = ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3)
         return Positions(frames, rope, camera_rope, *rays, time=time)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then one scale and shift a latent frame: x (B, N, C); shift, scale (B, T, 1, C)."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(1, (shift.shape[1], -1))
-    return (normed * (1 + scale) + shift).flatten(1, 2)
-
-
-def per_frame(gate: Tensor, x: Tensor) -> Tensor:
-    """gate (B, T, 1, C) times x (B, N, C)."""
-    return (gate * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)

@@ -93,8 +93,12 @@ class ContextParallel(TimeAxis):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         batch, tokens, heads, channels = q.shape
         area = tokens // self.counts[self.rank]
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        exact = dtype.itemsize > 1
+        if exact:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if self.attention == "ring":
+            if not exact:
+                raise ValueError("ring attention is not computed in float8: exchange heads instead")
             return ring_attention(self.peers, [area * count for count in self.counts], q, k, v, scale)
         mine = even(heads, self.stretches)
         qkv = torch.stack([q, k, v])

@@ -11,7 +11,22 @@ from longtake.platform.observe import measurements
 
 pytestmark = pytest.mark.cpu
 
-SMALL = ["--preset", "tiny", "--depth", "4", "--device", "cpu", "--gdn", "2", "--forward", "2", "--train", "1"]
+SMALL = [
+    "--preset",
+    "tiny",
+    "--depth",
+    "4",
+    "--device",
+    "cpu",
+    "--kernels",
+    "2",
+    "--gdn",
+    "2",
+    "--forward",
+    "2",
+    "--train",
+    "1",
+]
 
 
 def test_it_writes_times_ratios_and_a_plot(tmp_path, monkeypatch):
@@ -21,12 +36,15 @@ def test_it_writes_times_ratios_and_a_plot(tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "speed_here.json").read_text())["figures"]
     assert figures["forward_ratio_T2"] == pytest.approx(figures["forward_peer_ms_T2"] / figures["forward_ms_T2"])
     assert figures["train_ms_T1"] > 0 and figures["gdn_layer_fwd_ms_T2"] > 0 and figures["matmul_tflops"] > 0
-    assert figures["error_ours"] < 1e-5 and figures["error_peer"] < 1e-3
+    for what in ("error", "error_gradients"):  # both round what softmax attends to to bfloat16
+        assert 0 < figures[f"{what}_ours"] < 1e-2 and figures[f"{what}_ours"] < 2 * figures[f"{what}_peer"]
+    assert 1e-4 < figures["error_float8"] < 0.2
+    assert figures["read_ms_T2"] > 0 and figures["fused_over_unfused_train"] > 0
     assert (tmp_path / "speed_here.png").stat().st_size > 1000
 
 
 def test_no_speed_of_a_wrong_output(monkeypatch):
-    monkeypatch.setattr(bench.Pair, "_theirs", lambda self, inputs: -self._ours(inputs))
+    monkeypatch.setattr(bench.Pair, "_theirs", lambda self, inputs: -self._step(inputs)())
     with pytest.raises(ValueError, match="differs from the peer's"):
         bench.main([*SMALL, "--no-write"])
 

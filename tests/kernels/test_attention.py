@@ -21,16 +21,16 @@ def test_the_fastest_that_can_is_chosen_once_a_shape(monkeypatch):
 
     def milliseconds(name, inputs, scale, backward):
         timed.append((name, backward))
-        return {"cudnn": None, "flash": 3.0, "efficient": 2.0}[name]
+        return {"hopper": None, "cudnn": None, "flash": 3.0, "efficient": 2.0}[name]
 
     monkeypatch.setattr(attention, "_milliseconds", milliseconds)
     monkeypatch.setattr(attention, "_choices", {})
     q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
     expected = attention.Choice("efficient", {"flash": 3.0, "efficient": 2.0})
     assert choose(q, k, v, 1.0) == choose(q, k, v, 1.0) == expected
-    assert [backward for _, backward in timed] == [False] * 3
+    assert [backward for _, backward in timed] == [False] * 4
     choose(q.requires_grad_(), k, v, 1.0)
-    assert [backward for _, backward in timed[3:]] == [True] * 3
+    assert [backward for _, backward in timed[4:]] == [True] * 4
 
 
 def test_a_shape_that_none_computes_is_said(monkeypatch):

@@ -1,0 +1,35 @@
+"""Modulation by the timestep, and gates: what lies between the matrix products of a block, token by token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longtake.kernels.launch import fused
+from longtake.kernels.modulate import reference
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """See `reference.modulate`; Triton computes it where `launch.fused` says so, and so with the others."""
+    if fused(x):
+        from longtake.kernels.modulate.triton_modulate import Modulate
+
+        return Modulate.apply(x, shift, scale, reference.EPS)
+    return reference.modulate(x, shift, scale)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor, more_y: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """See `reference.gated`."""
+    if fused(x):
+        from longtake.kernels.modulate.triton_gates import Gated
+
+        return Gated.apply(x, gate, y, more_y, plus)
+    return reference.gated(x, gate, y, more_y, plus)
+
+
+def output_gate(out: Tensor, gate: Tensor, camera: Tensor | None = None) -> Tensor:
+    """See `reference.output_gate`."""
+    if fused(out):
+        from longtake.kernels.modulate.triton_gates import OutputGate
+
+        return OutputGate.apply(out, gate, camera)
+    return reference.output_gate(out, gate, camera)
