@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from longtake.kernels.attention import attend, attend_float8, choose
 from longtake.kernels.cases import cases
 from longtake.kernels.launch import kernels
 from longtake.model import convert, presets
@@ -157,6 +158,27 @@ class Pair:
                 figures |= {f"{name}_ms_T{frames}": time, f"{name}_gb_per_s_T{frames}": size / time / 1e6}
                 with kernels(triton=False):
                     figures[f"{name}_definition_ms_T{frames}"] = timing.milliseconds(work, self.device)
+            return figures | self._attentions(frames)
+
+    def _attentions(self, frames: int) -> dict[str, float]:
+        """One branch's softmax attention, what torch's fastest takes, and float8 with its error for normal inputs."""
+        rows, columns = self.config.latent_size
+        q, k, v = torch.randn(
+            3, 1, frames * rows * columns, self.config.num_heads, self.config.head_dim, device=self.device
+        ).to(self.dtype)
+        scale = self.config.head_dim**-0.5
+        time = timing.milliseconds(lambda: attend(q, k, v, scale), self.device)
+        figures = {
+            f"attention_ms_T{frames}": time,
+            f"attention_tflops_T{frames}": 4 * q.numel() * q.shape[1] / time / 1e9,
+            f"attention_float8_ms_T{frames}": timing.milliseconds(lambda: attend_float8(q, k, v, scale), self.device),
+        }
+        if self.device.type == "cuda":
+            by_torch = [ms for name, ms in choose(q, k, v, scale).milliseconds.items() if name != "hopper"]
+            figures[f"attention_torch_ms_T{frames}"] = min(by_torch)
+        few = [x[:, :4096] for x in (q, k, v)]
+        exact = attend(*(x.double() for x in few), scale)
+        figures["attention_float8_error"] = float((attend_float8(*few, scale) - exact).norm() / exact.norm())
         return figures
 
     def gdn(self, frames: int) -> dict[str, float]:

@@ -65,7 +65,8 @@ _choices: dict[tuple, Choice] = {}
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T scale) v: (B, N, H, D) each, of one dtype.
 
-    The first large call of a shape on a GPU, in 16 bits, times the backends, with the backward pass where gradients are wanted.
+    The first large call of a shape in 16 bits on a GPU times the backends, with the backward pass where gradients are
+    wanted.
     """
     if not q.is_cuda or q.element_size() > 2 or q.numel() * k.shape[1] < _LEAST_WORK:
         return _scaled_dot_product(q, k, v, scale)

@@ -7,6 +7,8 @@ multiplied in it; states are float32 always.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,17 @@ from longtake.kernels.launch import fused
 
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """Each frame as a map of the state, see `reference.frame_maps`."""
-    if fused(k, v, beta, decay) and k.element_size() == 2:
+    return maps_of_branches([(k, v, beta)], decay)
+
+
+def maps_of_branches(branches: Sequence[tuple[Tensor, Tensor, Tensor]], decay: Tensor) -> tuple[Tensor, Tensor]:
+    """`frame_maps` of each branch's (k, v, beta), which share the decay, one after another along the batch."""
+    if all(fused(*branch) and branch[0].element_size() == 2 for branch in branches):
         from longtake.kernels.gdn.triton_maps import FrameMaps
 
-        return FrameMaps.apply(k, v, beta, decay)
-    return reference.frame_maps(k, v, beta, decay)
+        return FrameMaps.apply(decay, *(tensor for branch in branches for tensor in branch))
+    transitions, increments = zip(*(reference.frame_maps(*branch, decay) for branch in branches), strict=True)
+    return torch.cat(transitions), torch.cat(increments)
 
 
 def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ dP^T, a tile's dK = b (K Q + V dU) and dV = b K dU^T; and db = (K Q + V dU, K) /
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,32 +94,46 @@ def _rows(ptr, first, d, D: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr
 
 
 class FrameMaps(torch.autograd.Function):
-    """k (B, T, S, H, D), v (B, T, S, H, V) of one dtype; beta (B, T, S, H), decay (B, T, H) and the maps float32."""
+    """Of each branch k (B, T, S, H, D), v (B, T, S, H, V) of one dtype and beta (B, T, S, H); decay (B, T, H) and the
+    maps, one branch's after another's along the batch, float32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-        (b, t, _, h, d), rows = k.shape, v.shape[-1]
-        k, v, beta, decay = contiguous_tokens(k), contiguous_tokens(v), beta.float().contiguous(), decay.contiguous()
-        transition = torch.empty(b, t, h, d, d, device=k.device)
-        increment = torch.empty(b, t, h, rows, d, device=k.device)
-        _forward[b * t, h](k, v, beta, decay, transition, increment, *_layout(k, v), num_warps=warps(padded(d)))
-        ctx.save_for_backward(k, v, beta, decay, transition)
+    def forward(ctx: Any, decay: Tensor, *branches: Tensor) -> tuple[Tensor, Tensor]:
+        (b, t, _, h, d), rows = branches[0].shape, branches[1].shape[-1]
+        decay, branches = decay.contiguous(), tuple(_prepared(*branches))
+        transition = torch.empty(len(branches) // 3 * b, t, h, d, d, device=decay.device)
+        increment = torch.empty(len(branches) // 3 * b, t, h, rows, d, device=decay.device)
+        for (k, v, beta), *maps in zip(_threes(branches), transition.split(b), increment.split(b), strict=True):
+            _forward[b * t, h](k, v, beta, decay, *maps, *_layout(k, v), num_warps=warps(padded(d)))
+        ctx.save_for_backward(decay, transition, *branches)
         return transition, increment
 
     @staticmethod
     def backward(ctx: Any, d_transition: Tensor, d_increment: Tensor) -> Any:  # type: ignore[override]
-        k, v, beta, decay, transition = ctx.saved_tensors
-        b, t, _, h, d = k.shape
-        dk, dv = torch.empty_like(k, memory_format=torch.contiguous_format), v.new_empty(v.shape)
-        dbeta = torch.empty_like(beta)
+        decay, transition, *branches = ctx.saved_tensors
+        b, t, _, h, d = branches[0].shape
         d_transition, d_increment = d_transition.contiguous(), d_increment.contiguous()
-        _backward[b * t, h](
-            k, v, beta, decay, d_transition, d_increment, dk, dv, dbeta, *_layout(k, v, divided=not roomy(k)),
-            num_warps=warps(padded(d)), num_stages=2 if roomy(k) else 1,
-        )  # fmt: skip
+        found: list[Tensor] = []
+        for (k, v, beta), *to_maps in zip(_threes(branches), d_transition.split(b), d_increment.split(b), strict=True):
+            grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, beta)]
+            _backward[b * t, h](
+                k, v, beta, decay, *to_maps, *grads, *_layout(k, v, divided=not roomy(k)), num_warps=warps(padded(d)),
+                num_stages=2 if roomy(k) else 1,
+            )  # fmt: skip
+            found += grads
         # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
-        ddecay = (d_transition * transition).sum((-1, -2)) / decay.clamp(min=1e-30)
-        return dk, dv, dbeta, ddecay
+        ddecay = (d_transition * transition).sum((-1, -2)).unflatten(0, (-1, b)).sum(0) / decay.clamp(min=1e-30)
+        return ddecay, *found
+
+
+def _prepared(*branches: Tensor) -> Iterator[Tensor]:
+    for k, v, beta in _threes(branches):
+        yield from (contiguous_tokens(k), contiguous_tokens(v), beta.float().contiguous())
+
+
+def _threes(branches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(branches[::3], branches[1::3], branches[2::3], strict=True)
 
 
 def _layout(k: Tensor, v: Tensor, divided: bool = False) -> tuple:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
 
-_WARPS = 4  # of the forward pass
+_WARPS, _TOKENS = 4, 32  # of the forward pass: of a program, and of a tile at most
 _PROGRAMS = 512  # that a device is worth; where frames and heads are fewer, a frame's tokens are divided
 
 
@@ -97,7 +97,7 @@ class ReadStates(torch.autograd.Function):
         mass = None if mass is None else mass.contiguous()
         b, t, s, h, _ = q.shape
         out = q.new_empty(b, t, s, h, states.shape[-2])
-        layout = _layout(q, plain, states, eps)
+        layout = _layout(q, plain, states, eps, most=_TOKENS)
         stretches = max(1, min(triton.cdiv(s, layout[-3]), _PROGRAMS // (b * t * h)))
         stretch = triton.cdiv(triton.cdiv(s, stretches), layout[-3]) * layout[-3]
         _forward[b * t, h, triton.cdiv(s, stretch)](q, states, plain, mass, out, stretch, *layout, num_warps=_WARPS)
@@ -119,11 +119,11 @@ class ReadStates(torch.autograd.Function):
         return dq, dstates, dplain, dmass, None
 
 
-def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float) -> tuple:
+def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: int = 64) -> tuple:
     """The last arguments of both kernels."""
     (_, _, tokens, heads, d), rows = q.shape, states.shape[-2]
     other = q if plain is None else plain
     block_d, block_v = padded(d), padded(rows)
-    block_s = tile(tokens, block_d + block_v, q.element_size())
+    block_s = min(most, tile(tokens, block_d + block_v, q.element_size()))
     strides = q.stride(2), other.stride(2), tokens, heads, q.stride(3), other.stride(3)
     return *strides, eps, d, rows, block_d, block_v, block_s, plain is not None, precision_of(q)

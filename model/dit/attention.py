@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn import frame_maps, read
+from longtake.kernels.gdn import frame_maps, maps_of_branches, read
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
@@ -142,15 +142,14 @@ class GDNAttention(DualBranchAttention):
 
     def gates(self, x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
         """beta (B, T, S, H) a token, decay (B, T, H) a frame, float32."""
-        x = x.unflatten(1, (frames, -1))
-        beta = self._linear(self.beta_proj, x).sigmoid()
-        step = F.softplus(wide(self._linear(self.gate_proj, x.mean(2))) + wide(self.dt_bias))
-        return wide(beta), (-wide(self.A_log).exp() * step).exp()
-
-    @staticmethod
-    def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+        # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
+        weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
+        bias = torch.cat([self.beta_proj.bias, self.gate_proj.bias])
         # Inside an autocast-free region inputs may be lower precision than weights.
-        return F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+        projected = F.linear(x.to(weight.dtype), weight, bias).unflatten(1, (frames, -1))
+        of_token, of_frame = wide(projected).chunk(2, dim=-1)
+        step = F.softplus(of_frame.mean(2) + wide(self.dt_bias))
+        return of_token.sigmoid(), (-wide(self.A_log).exp() * step).exp()
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         q, k, v = main
@@ -162,15 +161,14 @@ class GDNAttention(DualBranchAttention):
         k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
         assert q is not None and k is not None
         beta_main = self._bounded(beta, by_frame(k))
-        maps = [frame_maps(by_frame(k_rotated), by_frame(v), beta_main, decay)]
+        branches = [(by_frame(k_rotated), by_frame(v), beta_main)]
         q_cam = None
         if camera is not None:
             q_cam, k_cam, v_cam, inflation = self.to_rays(camera, at, relu=True, scale=scale)
             discount = by_frame(inflation).mean(2, keepdim=True).clamp(min=1)
             beta_camera = self._bounded(beta / discount, by_frame(k_cam))
-            maps.append(frame_maps(by_frame(k_cam), by_frame(v_cam), beta_camera, decay))
-        transitions, increments = (torch.cat(parts) for parts in zip(*maps, strict=True))
-        states = at.time.states(transitions, increments).chunk(len(maps))
+            branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
+        states = at.time.states(*maps_of_branches(branches, decay)).chunk(len(branches))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
         mass = at.time.states(*frame_maps(by_frame(k), torch.ones_like(by_frame(k)[..., :1]), beta_main, decay))
         out = read(by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2))

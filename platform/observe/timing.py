@@ -11,16 +11,26 @@ import torch
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device, least_seconds: float = 0.5) -> float:
-    """Median time of one call, after one that warms up; at least three calls, and as many as fill `least_seconds`."""
+    """Median time of one call, after one that warms up; at least three samples, and as many as fill `least_seconds`.
+
+    A sample is as many calls in a row as take some 20 ms, so that a device has the next before it waits for it.
+    """
     work()
-    _wait(device)
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1e3 * least_seconds and len(times) < 200):
-        begin = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(1e3 * (time.perf_counter() - begin))
+    first = _sample(work, 1, device)
+    calls = max(1, round(20 / max(first, 0.02)))
+    times = [first] if calls == 1 else []
+    while len(times) < 3 or sum(times) * calls < 1e3 * least_seconds:
+        times.append(_sample(work, calls, device))
     return statistics.median(times)
+
+
+def _sample(work: Callable[[], Any], calls: int, device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        work()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - begin) / calls
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

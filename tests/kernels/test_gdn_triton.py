@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.kernels.gdn import reference
+from longtake.kernels.gdn import reference, triton_maps
 from longtake.kernels.gdn.triton_maps import FrameMaps
 from longtake.kernels.gdn.triton_read import ReadStates
 from longtake.kernels.gdn.triton_scan import BidirectionalStates, ScanStates
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.cpu
 
 # batch, frames, tokens, heads, key channels, value channels
 SIZES = [(2, 5, 3, 2, 8, 6), (1, 3, 37, 2, 24, 40), (1, 4, 70, 1, 112, 112), (1, 1, 1, 3, 32, 1)]
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 5e-2}
 DTYPES = [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
 
 
@@ -53,8 +53,19 @@ def error(found: Tensor, true: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_maps(device, sizes, dtype):
     _, *inputs = tensors(sizes, dtype, device)
-    found = FrameMaps.apply(*inputs)
+    found = FrameMaps.apply(inputs[3], *inputs[:3])
     same(found, reference.frame_maps(*inputs), inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_maps_of_branches_that_share_a_decay(device, roomy, monkeypatch):
+    monkeypatch.setattr(triton_maps, "roomy", lambda _: roomy)  # a GPU with little shared memory divides the values
+    first, second = (tensors(SIZES[1], DTYPES[1], device, seed)[1:] for seed in range(2))
+    decay = first.pop()
+    second.pop()
+    true = [torch.cat(maps) for maps in zip(*(reference.frame_maps(*x, decay) for x in (first, second)), strict=True)]
+    found = FrameMaps.apply(decay, *first, *second)
+    same(found, tuple(true), [decay, *first, *second], TOLERANCE[DTYPES[1]])
 
 
 @pytest.mark.parametrize("sizes", SIZES)
