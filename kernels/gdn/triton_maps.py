@@ -47,9 +47,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    k_ptr, v_ptr, beta_ptr, decay_ptr, d_transition_ptr, d_increment_ptr, dk_ptr, dv_ptr, dbeta_ptr,
-    k_token, v_token, tokens, heads, k_head: tl.constexpr, v_head: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, decay_ptr, transition_ptr, d_transition_ptr, d_increment_ptr, dk_ptr, dv_ptr, dbeta_ptr,
+    ddecay_ptr, k_token, v_token, tokens, heads, k_head: tl.constexpr, v_head: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     d, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
@@ -58,7 +58,11 @@ def _backward(
     square = (d < D)[:, None] & (d < D)[None, :]
     grad = tl.load(d_transition_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
     flipped = tl.load(d_transition_ptr + at * D * D + d[None, :] * D + d[:, None], square, 0.0)
-    both = (-tl.load(decay_ptr + at) * (grad + flipped)).to(kind)
+    decay = tl.load(decay_ptr + at)
+    # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
+    transition = tl.load(transition_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
+    tl.store(ddecay_ptr + at, tl.sum(grad * transition) / tl.maximum(decay, 1e-30))
+    both = (-decay * (grad + flipped)).to(kind)
     d_increment_ptr += at * V * D
     once: tl.constexpr = BLOCK_V >= V
     if once:
@@ -115,16 +119,16 @@ class FrameMaps(torch.autograd.Function):
         b, t, _, h, d = branches[0].shape
         d_transition, d_increment = d_transition.contiguous(), d_increment.contiguous()
         found: list[Tensor] = []
-        for (k, v, beta), *to_maps in zip(_threes(branches), d_transition.split(b), d_increment.split(b), strict=True):
+        ddecay = torch.empty(len(branches) // 3, b, t, h, device=decay.device)
+        maps = transition.split(b), d_transition.split(b), d_increment.split(b)
+        for (k, v, beta), to_decay, *of_maps in zip(_threes(branches), ddecay, *maps, strict=True):
             grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, beta)]
             _backward[b * t, h](
-                k, v, beta, decay, *to_maps, *grads, *_layout(k, v, divided=not roomy(k)), num_warps=warps(padded(d)),
-                num_stages=2 if roomy(k) else 1,
+                k, v, beta, decay, *of_maps, *grads, to_decay, *_layout(k, v, divided=not roomy(k)),
+                num_warps=warps(padded(d)), num_stages=2 if roomy(k) else 1,
             )  # fmt: skip
             found += grads
-        # A = g (I - P), so I - P is A / g; a decay that is 0 in float32 has lost it, and its gate's gradient with it.
-        ddecay = (d_transition * transition).sum((-1, -2)).unflatten(0, (-1, b)).sum(0) / decay.clamp(min=1e-30)
-        return ddecay, *found
+        return ddecay.sum(0), *found
 
 
 def _prepared(*branches: Tensor) -> Iterator[Tensor]:

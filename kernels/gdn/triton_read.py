@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, tile, warps
+from longtake.kernels.launch import contiguous_tokens, padded, precision_of, roomy, tile, warps
 
 _WARPS, _TOKENS = 4, 32  # of the forward pass: of a program, and of a tile at most
 _PROGRAMS = 512  # that a device is worth; where frames and heads are fewer, a frame's tokens are divided
@@ -114,13 +114,14 @@ class ReadStates(torch.autograd.Function):
         dmass = None if mass is None else torch.empty_like(mass)
         _backward[b * t, h](
             q, states, plain, mass, grad.contiguous(), dq, dstates, dplain, dmass,
-            *_layout(q, plain, states, ctx.eps), num_warps=warps(padded(q.shape[-1])),
+            *_layout(q, plain, states, ctx.eps, most=64 if roomy(q) else 32), num_warps=warps(padded(q.shape[-1])),
+            num_stages=2,
         )  # fmt: skip
         return dq, dstates, dplain, dmass, None
 
 
-def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: int = 64) -> tuple:
-    """The last arguments of both kernels."""
+def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: int) -> tuple:
+    """The last arguments of both kernels; most: tokens of a tile."""
     (_, _, tokens, heads, d), rows = q.shape, states.shape[-2]
     other = q if plain is None else plain
     block_d, block_v = padded(d), padded(rows)
