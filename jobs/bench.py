@@ -146,7 +146,7 @@ class Pair:
         finally:
             self.ours.to(self.dtype).checkpoint_blocks = False
             self.replay = Replay(self.ours)  # the weights have moved
-            self.theirs.to(self.device)
+            torch.nn.Module.to(self.theirs, self.device)
 
     def kernels(self, frames: int) -> dict[str, float]:
         """Each operator's time, its definition's, and the GB/s of the bytes that it has to move."""
@@ -163,9 +163,8 @@ class Pair:
     def _attentions(self, frames: int) -> dict[str, float]:
         """One branch's softmax attention, what torch's fastest takes, and float8 with its error for normal inputs."""
         rows, columns = self.config.latent_size
-        q, k, v = torch.randn(
-            3, 1, frames * rows * columns, self.config.num_heads, self.config.head_dim, device=self.device
-        ).to(self.dtype)
+        shape = 1, frames * rows * columns, self.config.num_heads, self.config.head_dim
+        q, k, v = (torch.randn(shape, device=self.device).to(self.dtype) for _ in range(3))
         scale = self.config.head_dim**-0.5
         time = timing.milliseconds(lambda: attend(q, k, v, scale), self.device)
         figures = {
@@ -176,9 +175,9 @@ class Pair:
         if self.device.type == "cuda":
             by_torch = [ms for name, ms in choose(q, k, v, scale).milliseconds.items() if name != "hopper"]
             figures[f"attention_torch_ms_T{frames}"] = min(by_torch)
-        few = [x[:, :4096] for x in (q, k, v)]
-        exact = attend(*(x.double() for x in few), scale)
-        figures["attention_float8_error"] = float((attend_float8(*few, scale) - exact).norm() / exact.norm())
+        q, k, v = (x[:, :4096] for x in (q, k, v))
+        exact = attend(q.double(), k.double(), v.double(), scale)
+        figures["attention_float8_error"] = float((attend_float8(q, k, v, scale) - exact).norm() / exact.norm())
         return figures
 
     def gdn(self, frames: int) -> dict[str, float]:

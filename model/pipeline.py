@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,8 @@ class WorldPipeline:
             raise ValueError(
                 f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"
             )
-        model, sampler = self._part("dit"), self.config.sampler
+        model: Any = self._part("dit")
+        sampler = self.config.sampler
         camera = None if camera is None else camera.to(self.device)
         if sampler.guidance_scale != 1 and negative is None:
             raise ValueError(f"guidance_scale {sampler.guidance_scale} needs the features of a negative prompt")

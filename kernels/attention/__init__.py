@@ -31,8 +31,8 @@ def _through(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], T
 
 
 def _scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
-    return out.transpose(1, 2)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def _hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtake.kernels.launch import wide
 
-_LONGEST_RUN = 32  # frames scanned one by one
+_LONGEST_RUN = 32  # frames that a GPU scans one by one, each step a launch; a CPU scans all
 
 
 def gdn_scan(
@@ -64,7 +64,7 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
     frames, (b, _, h, rows, d) = increment.shape[1], increment.shape
     if state is None:
         state = increment.new_zeros(b, h, rows, d)
-    if frames > _LONGEST_RUN:
+    if frames > _LONGEST_RUN and transition.is_cuda:
         return _scan_in_runs(transition, increment, state)
     state = wide(state).reshape(b * h, rows, d)
     # The only serial part: one batched product a frame.

@@ -20,8 +20,11 @@ def rotate(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
     """Turn interleaved channel pairs: x (B, N, H, D); rope (N, D / 2, 2), the cosine and sine of each angle.
     float32.
     """
-    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, None].unbind(-1)
+    pairs, rope = wide(x).unflatten(-1, (-1, 2)), rope[:, None]
+    if not torch.compiler.is_compiling():  # a product of complex numbers, in one pass; the compiler knows none
+        turn = torch.view_as_complex(rope)
+        return torch.view_as_real(torch.view_as_complex(pairs) * (turn.conj() if inverse else turn)).flatten(-2)
+    (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
     sin = -sin if inverse else sin
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 

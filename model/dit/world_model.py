@@ -266,7 +266,8 @@ class WorldModel(nn.Module):
             at.camera_seen = camera_seen[:, None, None]
         if camera is not None and self.config.reads_plucker:
             plucker = self.plucker_embedder(camera.plucker.to(dtype))
-        of_blocks = [block.cross_attn.keys_and_values(y) for block in self.blocks] if of_sample else y
+        blocks: Any = self.blocks
+        of_blocks = [block.cross_attn.keys_and_values(y) for block in blocks] if of_sample else y
         return Context(tuple(grid), of_blocks, text_mask.bool(), at, plucker)  # type: ignore[arg-type]
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:

@@ -69,8 +69,9 @@ def test_inputs_may_be_parts_of_a_wider_tensor(device, channels, b):
 @hopper
 def test_strides_of_one_batch_or_head_do_not_matter(device):
     q, k, v = (randn(1, 20, 1, 16, device=device, dtype=torch.float16, seed=seed) for seed in range(3))
-    odd = [x.as_strided(x.shape, (321, 16, 3, 1)) for x in (q, k, v)]
-    assert error(triton_hopper.attend(*odd, 0.3), softmax_attention(q, k, v, 0.3)) < TOLERANCE[torch.float16]
+    odd_q, odd_k, odd_v = (x.as_strided(x.shape, (321, 16, 3, 1)) for x in (q, k, v))
+    found = triton_hopper.attend(odd_q, odd_k, odd_v, 0.3)
+    assert error(found, softmax_attention(q, k, v, 0.3)) < TOLERANCE[torch.float16]
 
 
 @pytest.mark.gpu

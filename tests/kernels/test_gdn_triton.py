@@ -60,12 +60,10 @@ def test_maps(device, sizes, dtype):
 @pytest.mark.parametrize("roomy", [True, False])
 def test_maps_of_branches_that_share_a_decay(device, roomy, monkeypatch):
     monkeypatch.setattr(triton_maps, "roomy", lambda _: roomy)  # a GPU with little shared memory divides the values
-    first, second = (tensors(SIZES[1], DTYPES[1], device, seed)[1:] for seed in range(2))
-    decay = first.pop()
-    second.pop()
-    true = [torch.cat(maps) for maps in zip(*(reference.frame_maps(*x, decay) for x in (first, second)), strict=True)]
-    found = FrameMaps.apply(decay, *first, *second)
-    same(found, tuple(true), [decay, *first, *second], TOLERANCE[DTYPES[1]])
+    (*first, decay), (*second, _) = (tensors(SIZES[1], DTYPES[1], device, seed)[1:] for seed in range(2))
+    maps = [reference.frame_maps(k, v, beta, decay) for k, v, beta in (first, second)]
+    true = tuple(torch.cat(parts) for parts in zip(*maps, strict=True))
+    same(FrameMaps.apply(decay, *first, *second), true, [decay, *first, *second], TOLERANCE[DTYPES[1]])
 
 
 @pytest.mark.parametrize("sizes", SIZES)

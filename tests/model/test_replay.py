@@ -25,12 +25,12 @@ def test_a_step_is_the_networks_velocity(camera):
     case, replay = Case("steps", config, 2, 3, 4, camera=camera), Replay(model)
     clips = []
     for seed in range(2):
-        latents, timestep, *given = case.inputs(seed)
-        text, mask, features = (None if x is None else x.to(DEVICE) for x in given)
-        clips.append((text, mask, features, model.context((2, 3, 4), text, mask, features, of_sample=True)))
+        _, _, text, mask, features = case.inputs(seed)
+        given = text.to(DEVICE), mask.to(DEVICE), None if features is None else features.to(DEVICE)
+        clips.append((given, model.context((2, 3, 4), *given, of_sample=True)))
+    latents, timestep, *_ = case.inputs()
     for step, clip in enumerate([0, 0, 1, 0, 1]):  # as with guidance, two samples take turns
-        text, mask, features, context = clips[clip]
+        given, context = clips[clip]
         x, sigma = (latents + step).to(DEVICE), (timestep + step).to(DEVICE)
-        found = replay.velocity(x, sigma, context)
-        torch.testing.assert_close(found, model(x, sigma, text, mask, features), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(replay.velocity(x, sigma, context), model(x, sigma, *given), rtol=1e-4, atol=1e-4)
     assert len(replay._captured) == (DEVICE == "cuda")
