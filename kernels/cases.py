@@ -39,7 +39,9 @@ def cases(
     matrix, weight = torch.randn(1, frames * tokens, 4, 4, device=device), randn(size)
     yield "encode_main", lambda: encode(by_head, rope, weight, relu=True, plain=True), _bytes(x, x, x, rope)
     rays = {"matrix": matrix, "downscale": True, "inflation": True}
-    yield "encode_camera", lambda: encode(by_head, camera_rope, weight, relu=True, **rays), _bytes(x, x, matrix, rope)
+    inflation = x[..., : 2 * heads]  # as many bytes as its float32
+    work = lambda: encode(by_head, camera_rope, weight, relu=True, **rays)  # noqa: E731
+    yield "encode_camera", work, _bytes(x, x, matrix, camera_rope, inflation)
     q, k, v = (tensor.view(1, frames, tokens, heads, channels) for tensor in (x, y, z))
     k = (k.relu() * (tokens * channels) ** -0.5).contiguous()
     beta, decay = torch.rand(1, frames, tokens, heads, device=device), torch.rand(1, frames, heads, device=device)

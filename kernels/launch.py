@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ _chosen = os.environ.get("LONGTAKE_KERNELS", "triton")
 if _chosen not in ("triton", "definitions"):
     raise ValueError(f"LONGTAKE_KERNELS={_chosen}: choose triton (the default on a GPU) or definitions")
 _use_triton = _chosen == "triton"
+_TRITON_HERE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 def wide(x: Tensor) -> Tensor:
@@ -22,16 +25,23 @@ def wide(x: Tensor) -> Tensor:
 
 
 def fused(*tensors: Tensor) -> bool:
-    """Whether these go through Triton: on a GPU, unless LONGTAKE_KERNELS=definitions asks for the definitions, or
-    torch.compile fuses those itself.
+    """Whether these go through Triton: on an NVIDIA GPU, unless LONGTAKE_KERNELS=definitions asks for the definitions,
+    or torch.compile fuses those itself.
     """
-    return _use_triton and all(tensor.is_cuda for tensor in tensors) and not torch.compiler.is_compiling()
+    runs = _use_triton and _TRITON_HERE and not torch.compiler.is_compiling()
+    return runs and all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args) with the first argument's GPU as the current one, where Triton launches."""
+    with torch.cuda.device_of(args[0]):
+        return function.apply(*args)
 
 
 def reason() -> str:
     """Which of the two runs here, in a line."""
-    if not torch.cuda.is_available():
-        return "definitions in torch: Triton needs a GPU"
+    if not (torch.cuda.is_available() and _TRITON_HERE):
+        return "definitions in torch: Triton needs an NVIDIA GPU, and to be installed"
     if not _use_triton:
         return "definitions in torch: LONGTAKE_KERNELS=definitions asks for them"
     return "Triton; the GDN's products of float32 in torch"
@@ -74,7 +84,7 @@ def warps(block_d: int) -> int:
     return max(1, min(8, block_d * block_d // 2048))
 
 
-def precision_of(x: Tensor) -> str:
+def precision() -> str:
     """How float32 products are computed, as torch's own are asked to be."""
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 

@@ -155,11 +155,13 @@ class WorldPipeline:
         _, channels, _, height, width = image_latents.shape
         grid = frames, height, width
         context = model.context(grid, text, text_mask, camera, of_sample=True)
-        without = negative and model.context(grid, *negative, camera, of_sample=True)
+        without = None
+        if negative is not None and sampler.guidance_scale != 1:
+            without = model.context(grid, *negative, camera, of_sample=True)
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
             conditional = self._replay.velocity(x, timestep, context)
-            if sampler.guidance_scale == 1 or without is None:
+            if without is None:
                 return conditional
             unconditional = self._replay.velocity(x, timestep, without)
             return unconditional + sampler.guidance_scale * (conditional - unconditional)

@@ -82,7 +82,8 @@ def attend_float8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and q.shape[-1] in range(16, 129, 16):
         from longtake.kernels.attention import triton_hopper
 
-        return triton_hopper.attend_fp8(q, k, v, scale)
+        with torch.cuda.device_of(q):
+            return triton_hopper.attend_fp8(q, k, v, scale)
     return float8.attend(q, k, v, scale)
 
 
@@ -91,7 +92,8 @@ def _gradient_wanted(*tensors: Tensor) -> bool:
 
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return _BACKENDS[choose(q, k, v, scale).backend](q, k, v, scale)
+    with torch.cuda.device_of(q):
+        return _BACKENDS[choose(q, k, v, scale).backend](q, k, v, scale)
 
 
 # So large an attention gains nothing from what is compiled around it.
@@ -133,7 +135,7 @@ def _timed(name: str, inputs: list[Tensor], scale: float, backward: bool) -> flo
                 out = _BACKENDS[name](*inputs, scale)
                 if backward:
                     torch.autograd.grad(out, inputs, out)
-        except (RuntimeError, ValueError):  # a shape or a device that it was not made for, or no memory
+        except Exception:  # a shape, a device or a Triton that it was not made for, or no memory
             return None
         torch.cuda.synchronize()
         return min(begin.elapsed_time(end) for begin, end in zip(events[1:], events[2:], strict=False))

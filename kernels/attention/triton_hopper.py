@@ -30,15 +30,15 @@ from longtake.kernels.attention.float8 import quantized
 from longtake.kernels.launch import padded
 
 _ROWS = gl.constexpr(64)  # queries of a group: what a wgmma instruction takes
+_GROUPS = gl.constexpr(2)  # with three, each has too few registers for 128 keys
 _SHIFT = gl.constexpr(8)  # weights of softmax are held in float8 times 2**8: at most 256 of 448
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Groups of 64 queries (2 or 3), keys a tile, tiles in flight, whether groups take turns at the tensor cores."""
+    """Keys a tile, tiles in flight, whether groups take turns at the tensor cores."""
 
-    groups: int = 2
     keys: int = 128
     stages: int = 3
     turns: bool = True
@@ -53,11 +53,10 @@ def _load(q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8: gl.constexpr):
     q_tiles, k_tiles, v_tiles, out_tiles = memory
     q_full, full, empty, turns = barriers
     b, h, first, tiles = place
-    GROUPS: gl.constexpr = q_tiles.shape[0]
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_ref.block_shape[2]
-    mbarrier.expect(q_full, GROUPS * q_ref.block_type.nbytes)
-    for group in gl.static_range(GROUPS):
+    mbarrier.expect(q_full, _GROUPS * q_ref.block_type.nbytes)
+    for group in gl.static_range(_GROUPS):
         tma.async_copy_global_to_shared(q_ref, [b, h, first + group * _ROWS, 0], q_full, q_tiles.index(group))
     for step in range(tiles + 1):
         stage = step % STAGES
@@ -209,57 +208,45 @@ def _compute(
 @gluon.jit
 def _attend(
     q_ref, k_ref, v_ref, out_ref, scales_ptr, v_scales_ptr, scale, keys, heads, HEAD: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, FLOAT8: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, FLOAT8: gl.constexpr,
 ):  # fmt: skip
     """out (B, H, N, D) by descriptors of q, k, v; `scale` is in powers of 2. In float8 v is (B, H, D, N), and its
     channels' scales and those of the scores are applied here.
     """
     b, h = gl.program_id(1) // heads, gl.program_id(1) % heads
-    first = gl.program_id(0) * GROUPS * _ROWS
+    first = gl.program_id(0) * _GROUPS * _ROWS
     tiles = gl.cdiv(keys, k_ref.block_shape[2])
-    q_tiles = gl.allocate_shared_memory(q_ref.dtype, [GROUPS] + q_ref.block_shape, q_ref.layout)
+    q_tiles = gl.allocate_shared_memory(q_ref.dtype, [_GROUPS] + q_ref.block_shape, q_ref.layout)
     k_tiles = gl.allocate_shared_memory(k_ref.dtype, [STAGES] + k_ref.block_shape, k_ref.layout)
     v_tiles = gl.allocate_shared_memory(v_ref.dtype, [STAGES] + v_ref.block_shape, v_ref.layout)
     if FLOAT8:
-        out_tiles = gl.allocate_shared_memory(out_ref.dtype, [GROUPS] + out_ref.block_shape, out_ref.layout)
+        out_tiles = gl.allocate_shared_memory(out_ref.dtype, [_GROUPS] + out_ref.block_shape, out_ref.layout)
         scale *= gl.load(scales_ptr + gl.program_id(1))
     else:
         out_tiles = q_tiles
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [_GROUPS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, 1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), GROUPS)
-    for group in gl.static_range(GROUPS):
+        mbarrier.init(empty.index(stage), _GROUPS)
+    for group in gl.static_range(_GROUPS):
         mbarrier.init(turns.index(group), 1)
     mbarrier.arrive(turns.index(0), count=1)
     fence_async_shared()
     memory, barriers = (q_tiles, k_tiles, v_tiles, out_tiles), (q_full, full, empty, turns)
     place, numbers = (b, h, first, tiles), (scale, keys, v_scales_ptr)
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_compute, (out_ref, memory, barriers, place, numbers, 0, HEAD, TURNS, FLOAT8)),
-                (_compute, (out_ref, memory, barriers, place, numbers, 1, HEAD, TURNS, FLOAT8)),
-                (_load, (q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8)),
-            ],
-            [4, 1],  # warps and registers of all but the first
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_compute, (out_ref, memory, barriers, place, numbers, 0, HEAD, TURNS, FLOAT8)),
-                (_compute, (out_ref, memory, barriers, place, numbers, 1, HEAD, TURNS, FLOAT8)),
-                (_compute, (out_ref, memory, barriers, place, numbers, 2, HEAD, TURNS, FLOAT8)),
-                (_load, (q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_compute, (out_ref, memory, barriers, place, numbers, 0, HEAD, TURNS, FLOAT8)),
+            (_compute, (out_ref, memory, barriers, place, numbers, 1, HEAD, TURNS, FLOAT8)),
+            (_load, (q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8)),
+        ],
+        [4, 1],  # warps and registers of all but the first
+        [240, 24],
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, ring: Ring = EXACT) -> Tensor:
@@ -304,8 +291,8 @@ def _launch(
     ):
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], _DTYPES[x.dtype])
         refs.append(TensorDescriptor.from_tensor(x, [1, 1, *block], layout))
-    _attend[triton.cdiv(n, 64 * ring.groups), b * h](
-        *refs, scales, v_scales, scale * math.log2(math.e), k.shape[2], h, d, ring.groups, ring.stages, ring.turns,
+    _attend[triton.cdiv(n, _GROUPS.value * _ROWS.value), b * h](
+        *refs, scales, v_scales, scale * math.log2(math.e), k.shape[2], h, d, ring.stages, ring.turns,
         is_float8, num_warps=4,
     )  # fmt: skip
     return out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.kernels.gdn import reference
-from longtake.kernels.launch import fused
+from longtake.kernels.launch import apply, fused
 
 
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def maps_of_branches(branches: Sequence[tuple[Tensor, Tensor, Tensor]], decay: T
     if all(fused(*branch) and branch[0].element_size() == 2 for branch in branches):
         from longtake.kernels.gdn.triton_maps import FrameMaps
 
-        return FrameMaps.apply(decay, *(tensor for branch in branches for tensor in branch))
+        return apply(FrameMaps, decay, *(tensor for branch in branches for tensor in branch))
     transitions, increments = zip(*(reference.frame_maps(*branch, decay) for branch in branches), strict=True)
     return torch.cat(transitions), torch.cat(increments)
 
@@ -37,7 +37,7 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
         from longtake.kernels.gdn.triton_scan import ScanStates
 
         state = torch.zeros_like(increment[:, 0]) if state is None else state
-        return ScanStates.apply(transition, increment, state)[0]
+        return apply(ScanStates, transition, increment, state)[0]
     return reference.scan_states(transition, increment, state)
 
 
@@ -46,7 +46,7 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
     if fused(transition, increment):
         from longtake.kernels.gdn.triton_scan import BidirectionalStates
 
-        return BidirectionalStates.apply(transition, increment)
+        return apply(BidirectionalStates, transition, increment)
     return reference.bidirectional_states(transition, increment)
 
 
@@ -62,5 +62,5 @@ def read(
     if fused(q, states) and q.element_size() == 2:
         from longtake.kernels.gdn.triton_read import ReadStates
 
-        return ReadStates.apply(q, states, plain, mass, eps)
+        return apply(ReadStates, q, states, plain, mass, eps)
     return reference.read(q, states, plain, mass, eps)

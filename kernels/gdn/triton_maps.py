@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, roomy, tile, warps
+from longtake.kernels.launch import contiguous_tokens, padded, precision, roomy, tile, warps
 
 
 @triton.jit
@@ -114,6 +115,7 @@ class FrameMaps(torch.autograd.Function):
         return transition, increment
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_transition: Tensor, d_increment: Tensor) -> Any:  # type: ignore[override]
         decay, transition, *branches = ctx.saved_tensors
         b, t, _, h, d = branches[0].shape
@@ -148,4 +150,4 @@ def _layout(k: Tensor, v: Tensor, divided: bool = False) -> tuple:
     if divided:
         block_s, block_v = 16, max(16, block_v // 2)
     strides = k.stride(2), v.stride(2), tokens, heads, k.stride(3), v.stride(3)
-    return *strides, d, rows, block_d, block_v, block_s, precision_of(k)
+    return *strides, d, rows, block_d, block_v, block_s, precision()

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision_of, roomy, tile, warps
+from longtake.kernels.launch import contiguous_tokens, padded, precision, roomy, tile, warps
 
 _WARPS, _TOKENS = 4, 32  # of the forward pass: of a program, and of a tile at most
 _PROGRAMS = 512  # that a device is worth; where frames and heads are fewer, a frame's tokens are divided
@@ -106,6 +107,7 @@ class ReadStates(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         q, states, plain, mass = ctx.saved_tensors
         b, t, _, h, _ = q.shape
@@ -127,4 +129,4 @@ def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: i
     block_d, block_v = padded(d), padded(rows)
     block_s = min(most, tile(tokens, block_d + block_v, q.element_size()))
     strides = q.stride(2), other.stride(2), tokens, heads, q.stride(3), other.stride(3)
-    return *strides, eps, d, rows, block_d, block_v, block_s, plain is not None, precision_of(q)
+    return *strides, eps, d, rows, block_d, block_v, block_s, plain is not None, precision()

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longtake.kernels.launch import padded, roomy
 
@@ -133,6 +134,7 @@ class ScanStates(torch.autograd.Function):
         return states, end
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_states: Tensor, d_end: Tensor) -> Any:  # type: ignore[override]
         transition, state, states = ctx.saved_tensors
         d_states = d_states.clone(memory_format=torch.contiguous_format)
@@ -162,6 +164,7 @@ class BidirectionalStates(torch.autograd.Function):
         return forwards + backwards
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_states: Tensor) -> Any:  # type: ignore[override]
         transition, forwards, backwards = ctx.saved_tensors
         d_states = d_states.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longtake.kernels.glu_conv import reference
-from longtake.kernels.launch import fused
+from longtake.kernels.launch import apply, fused
 
 
 def glu_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -13,5 +13,5 @@ def glu_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if fused(x):
         from longtake.kernels.glu_conv.triton_glu_conv import GLUConv
 
-        return GLUConv.apply(x, weight.to(x.dtype), bias.to(x.dtype))
+        return apply(GLUConv, x, weight.to(x.dtype), bias.to(x.dtype))
     return reference.glu_conv(x, weight, bias)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _COLUMNS, _CHANNELS, _WARPS = 4, 64, 1  # of `_sums`; the columns and channels of a thread are bound by its registers
 _SPREAD_COLUMNS, _SPREAD_CHANNELS, _SPREAD_WARPS = 4, 64, 1
@@ -174,6 +175,7 @@ class GLUConv(torch.autograd.Function):
         return _launch_sums(x, taps, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, taps, bias = ctx.saved_tensors
         frames, height, width, channels = x.shape

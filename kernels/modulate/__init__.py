@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longtake.kernels.launch import fused
+from longtake.kernels.launch import apply, fused
 from longtake.kernels.modulate import reference
 
 
@@ -13,7 +13,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     if fused(x):
         from longtake.kernels.modulate.triton_modulate import Modulate
 
-        return Modulate.apply(x, shift, scale, reference.EPS)
+        return apply(Modulate, x, _of_clips(shift, x), _of_clips(scale, x), reference.EPS)
     return reference.modulate(x, shift, scale)
 
 
@@ -22,7 +22,7 @@ def gated(x: Tensor, gate: Tensor, y: Tensor, more_y: Tensor | None = None, plus
     if fused(x):
         from longtake.kernels.modulate.triton_gates import Gated
 
-        return Gated.apply(x, gate, y, more_y, plus)
+        return apply(Gated, x, _of_clips(gate, x), y, more_y, plus)
     return reference.gated(x, gate, y, more_y, plus)
 
 
@@ -31,5 +31,10 @@ def output_gate(out: Tensor, gate: Tensor, camera: Tensor | None = None) -> Tens
     if fused(out):
         from longtake.kernels.modulate.triton_gates import OutputGate
 
-        return OutputGate.apply(out, gate, camera)
+        return apply(OutputGate, out, gate, camera)
     return reference.output_gate(out, gate, camera)
+
+
+def _of_clips(modulation: Tensor, x: Tensor) -> Tensor:
+    """One for each clip of x, where all share one."""
+    return modulation.expand(len(x), -1, -1, -1)

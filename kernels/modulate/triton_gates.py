@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longtake.kernels.modulate.triton_modulate import frame_rows, load, store
 
@@ -107,6 +108,7 @@ class Gated(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         gate, y, more_y = ctx.saved_tensors
         x_dtype, gate_dtype, y_dtype, more_dtype, plus_dtype = ctx.dtypes
@@ -132,6 +134,7 @@ class OutputGate(torch.autograd.Function):
         return gated
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         out, gate, camera = ctx.saved_tensors
         d_out, d_gate = torch.empty_like(out), torch.empty_like(gate)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _PROGRAMS = 528  # backwards, at most, unless there are more frames: 4 a multiprocessor of an H100
 _CHANNELS_OF_WARP = 2048, 512  # forwards and backwards
@@ -113,6 +114,7 @@ class Modulate(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, scale, mean, rstd = ctx.saved_tensors
         c, frames, dx = x.shape[2], len(scale), torch.empty_like(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longtake.kernels.launch import fused
+from longtake.kernels.launch import apply, fused
 from longtake.kernels.short_conv import reference
 
 
@@ -13,5 +13,5 @@ def short_conv(x: Tensor, weight: Tensor) -> Tensor:
     if fused(x):
         from longtake.kernels.short_conv.triton_conv import ShortConv
 
-        return ShortConv.apply(x, weight)
+        return apply(ShortConv, x, weight)
     return reference.short_conv(x, weight)

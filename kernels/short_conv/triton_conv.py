@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longtake.kernels.launch import contiguous_tokens
 
@@ -79,6 +80,7 @@ class ShortConv(torch.autograd.Function):
         return _launch(x, taps)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, taps = ctx.saved_tensors
         dx, parts = _launch(grad.contiguous(), taps, x)

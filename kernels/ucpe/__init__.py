@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longtake.kernels.launch import fused
+from longtake.kernels.launch import apply, fused
 from longtake.kernels.ucpe import reference
 
 
@@ -28,6 +28,7 @@ def encode(
         from longtake.kernels.ucpe.triton_encode import Encode
 
         options = (relu, scale, downscale, inverse_rope, reference.EPS)
-        return Encode.apply(x, weight, matrix, rope, options, (plain, inflation))
+        matrix = matrix if matrix is None or len(matrix) == len(x) else matrix.expand(len(x), -1, -1, -1).contiguous()
+        return apply(Encode, x, weight, matrix, rope, options, (plain, inflation))
     before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
     return encoded, before if plain else None, reference.inflation(before, encoded) if inflation else None

@@ -21,7 +21,7 @@ def rotate(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
     float32.
     """
     pairs, rope = wide(x).unflatten(-1, (-1, 2)), rope[:, None]
-    if not torch.compiler.is_compiling():  # a product of complex numbers, in one pass; the compiler knows none
+    if x.is_cpu and not torch.compiler.is_compiling():  # one pass over the pairs; the compiler knows no complex numbers
         turn = torch.view_as_complex(rope)
         return torch.view_as_real(torch.view_as_complex(pairs) * (turn.conj() if inverse else turn)).flatten(-2)
     (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)

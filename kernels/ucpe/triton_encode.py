@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longtake.kernels.launch import padded
 
@@ -282,6 +283,7 @@ class Encode(torch.autograd.Function):
         return encoded, plain, inflation
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_encoded: Tensor | None, d_plain: Tensor | None, d_inflation: Tensor | None) -> Any:  # type: ignore[override]
         x, weight, matrix, rope = ctx.saved_tensors
         b, n, h, d = x.shape

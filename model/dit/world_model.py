@@ -7,7 +7,6 @@ the public checkpoints (SANA-WM section 1.13), so a state dict of either release
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
 
 from longtake.kernels.modulate import gated, modulate
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
+from longtake.model.dit.checkpointing import checkpointed
 from longtake.model.dit.feed_forward import GLUMBConvTemp
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
@@ -100,12 +94,6 @@ class CrossAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _what_to_keep(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Of a softmax block, attention over the whole clip: its work grows with the square of what its result takes."""
-    whole = operator in _ATTENTIONS and args[1].shape[2] >= args[0].shape[2]
-    return CheckpointPolicy.MUST_SAVE if whole else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class Block(nn.Module):
     """Attention, Pluecker embedding, text, feed-forward; modulated once a latent frame (section 1.2)."""
 
@@ -134,15 +122,6 @@ class Block(nn.Module):
         x = gated(x, gate_a, self.attn(modulate(x, shift_a, scale_a), at), plus=rays)
         x = x + self.cross_attn(x, text, mask)
         return gated(x, gate_m, *self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
-
-
-_ATTENTIONS = {
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-_keeping_attention = functools.partial(create_selective_checkpoint_contexts, _what_to_keep)
 
 
 class FinalLayer(nn.Module):
@@ -279,9 +258,7 @@ class WorldModel(nn.Module):
             text = context.text[number] if isinstance(context.text, list) else context.text
             others = text, context.mask, modulation, context.at, context.plucker, context.grid
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                # No block draws random numbers.
-                keep = _keeping_attention if isinstance(block.attn, SoftmaxAttention) else noop_context_fn
-                x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
+                x = checkpointed(block, x, *others)
             else:
                 x = block(x, *others)
         return self.final_layer(x, time).transpose(1, 2).unflatten(2, context.grid)

@@ -38,7 +38,7 @@ def test_it_writes_times_ratios_and_a_plot(tmp_path, monkeypatch):
     assert figures["train_ms_T1"] > 0 and figures["gdn_layer_fwd_ms_T2"] > 0 and figures["matmul_tflops"] > 0
     for what in ("error", "error_gradients"):  # both round what softmax attends to to bfloat16
         assert 0 < figures[f"{what}_ours"] < 1e-2 and figures[f"{what}_ours"] < 2 * figures[f"{what}_peer"]
-    assert 1e-4 < figures["error_float8"] < 0.2
+    assert 0.03 < figures["attention_float8_error"] < 0.06
     assert figures["read_ms_T2"] > 0 and figures["fused_over_unfused_train"] > 0
     assert (tmp_path / "speed_here.png").stat().st_size > 1000
 

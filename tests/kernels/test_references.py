@@ -79,15 +79,12 @@ def test_a_scan_cut_anywhere_continues_from_its_state(cut):
 
 
 @pytest.mark.parametrize("frames", [33, 50])
-def test_a_long_scan_in_runs_equals_frame_by_frame(frames, monkeypatch):
-    tensors = inputs(t=frames)
-    state = torch.randn(2, 2, 6, 4, requires_grad=True)
-    out, last = gdn_scan(*tensors, state=state)
-    monkeypatch.setattr(reference, "_LONGEST_RUN", frames)
-    true, true_last = gdn_scan(*tensors, state=state)
-    torch.testing.assert_close(out, true, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last, true_last, rtol=1e-4, atol=1e-5)
-    same_gradients(out, true, [*tensors, state])
+def test_a_scan_in_runs_equals_frame_by_frame(frames):
+    _, *tensors = inputs(t=frames)
+    given = [x.detach().requires_grad_() for x in (*frame_maps(*tensors), torch.randn(2, 2, 6, 4))]
+    found, true = reference._scan_in_runs(*given), reference.scan_states(*given)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+    same_gradients(found, true, given)
 
 
 def test_composed_frames_are_one_map():
