@@ -147,6 +147,10 @@ class Worker:
                 self._write_results()
             if progress >= 1:
                 break
+            if self.clock.noticed and self.step > self.saved_step:
+                self._save()
+                if self.rank == 0:
+                    say(f"a machine of this run is about to be taken away: step {self.step} is saved")
             rate = learning_rate(stage, self.step, progress)
             self._update(rate)
             if self.metrics and (self.step % stage.log_every == 0 or self.step in (1, stage.steps)):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
+import ray.train
 import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -19,7 +21,7 @@ from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import user_message
-from longtake.platform.train import checkpoint, feed, log, run, stages
+from longtake.platform.train import checkpoint, feed, log, run, schedule, stages
 from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
 from longtake.platform.train.settings import Settings
@@ -106,11 +108,22 @@ def weights(folder):
     }
 
 
-def fit(scratch, all_settings, workers=1):
-    """Train one run after the other in one Ray Train job: starting one takes ten times as long as these runs."""
+def fit(scratch, all_settings, workers=1, notice=None):
+    """Train one run after the other in one Ray Train job: starting one takes ten times as long as these runs.
+
+    notice: a file that appears on the last worker's machine once it has made a step.
+    """
+
+    def announce(folder):
+        while not (folder / "metrics.jsonl").is_file():
+            time.sleep(0.01)
+        notice.touch()
 
     def train_all(config):
         for each in config["runs"]:
+            if notice and ray.train.get_context().get_world_rank() == workers - 1:
+                os.environ[schedule.NOTICE] = str(notice)
+                threading.Thread(target=announce, args=[each.folder]).start()
             train(each)
 
     for each in all_settings:
@@ -264,6 +277,14 @@ def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
     assert "a worker was lost: going on from step" in capfd.readouterr().err
     whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
     assert list(killed) == list(range(1, 121)) and killed == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_machines_notice_saves_the_step_that_was_reached(ray_cluster, tmp_path):
+    latents = make_latents(tmp_path / "latents")
+    noticed = settings(latents, tmp_path / "noticed", "stage1_gdn", steps=60, checkpoint_minutes=0, workers=2)
+    fit(tmp_path / "ray", [noticed], workers=2, notice=tmp_path / "notice")
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "noticed/checkpoints").iterdir())
+    assert len(steps) == 2 and 0 < steps[0] < steps[1] == 60
 
 
 def test_two_workers_average_and_export_the_same_weights(runs):
