@@ -114,7 +114,7 @@ def fit(scratch, all_settings, workers=1, notice=None):
     notice: a file that appears on the last worker's machine once it has made a step.
     """
 
-    def announce(folder):
+    def announce(folder, notice):
         while not (folder / "metrics.jsonl").is_file():
             time.sleep(0.01)
         notice.touch()
@@ -123,7 +123,7 @@ def fit(scratch, all_settings, workers=1, notice=None):
         for each in config["runs"]:
             if notice and ray.train.get_context().get_world_rank() == workers - 1:
                 os.environ[schedule.NOTICE] = str(notice)
-                threading.Thread(target=announce, args=[each.folder]).start()
+                threading.Thread(target=announce, args=[each.folder, notice]).start()
             train(each)
 
     for each in all_settings:
