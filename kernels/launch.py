@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_chosen = os.environ.get("LONGTAKE_KERNELS", "triton")
-if _chosen not in ("triton", "definitions"):
-    raise ValueError(f"LONGTAKE_KERNELS={_chosen}: choose triton (the default on a GPU) or definitions")
-_use_triton = _chosen == "triton"
+_for_a_while: bool | None = None  # what `kernels` says
 _TRITON_HERE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
@@ -28,8 +25,9 @@ def fused(*tensors: Tensor) -> bool:
     """Whether these go through Triton: on an NVIDIA GPU, unless LONGTAKE_KERNELS=definitions asks for the definitions,
     or torch.compile fuses those itself.
     """
-    runs = _use_triton and _TRITON_HERE and not torch.compiler.is_compiling()
-    return runs and all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+    if torch.compiler.is_compiling() or not (_wanted() and _TRITON_HERE):
+        return False
+    return all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -40,22 +38,34 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def reason() -> str:
     """Which of the two runs here, in a line."""
+    if not _wanted():
+        return "definitions in torch: LONGTAKE_KERNELS=definitions asks for them"
     if not (torch.cuda.is_available() and _TRITON_HERE):
         return "definitions in torch: Triton needs an NVIDIA GPU, and to be installed"
-    if not _use_triton:
-        return "definitions in torch: LONGTAKE_KERNELS=definitions asks for them"
     return "Triton; the GDN's products of float32 in torch"
 
 
 @contextlib.contextmanager
 def kernels(triton: bool) -> Iterator[None]:
     """While this lasts, use Triton on GPUs, or the definitions everywhere."""
-    global _use_triton
-    before, _use_triton = _use_triton, triton
+    global _for_a_while
+    before, _for_a_while = _for_a_while, triton
     try:
         yield
     finally:
-        _use_triton = before
+        _for_a_while = before
+
+
+def _wanted() -> bool:
+    return _by_environment() if _for_a_while is None else _for_a_while
+
+
+@functools.cache
+def _by_environment() -> bool:
+    chosen = os.environ.get("LONGTAKE_KERNELS", "triton")
+    if chosen not in ("triton", "definitions"):
+        raise ValueError(f"LONGTAKE_KERNELS={chosen}: choose triton (the default on a GPU) or definitions")
+    return chosen == "triton"
 
 
 def padded(size: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longtake.jobs import explain
-from longtake.kernels import attention
+from longtake.kernels import attention, launch
 from longtake.kernels.attention import attend, choose
 
 pytestmark = pytest.mark.cpu
@@ -46,3 +46,13 @@ def test_explain_says_what_runs_here(capsys):
     assert "definitions in torch" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least 1"):
         explain.main(["--frames", "0"])
+
+
+def test_a_choice_of_kernels_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("LONGTAKE_KERNELS", "cuda")
+    launch._by_environment.cache_clear()
+    with pytest.raises(ValueError, match="choose triton"):
+        explain.main(["--preset", "tiny", "--frames", "2"])
+    monkeypatch.setenv("LONGTAKE_KERNELS", "definitions")
+    assert "asks for them" in launch.reason()
+    launch._by_environment.cache_clear()
