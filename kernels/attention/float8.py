@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LARGEST = 448.0  # of float8_e4m3fn
-TOKENS = 16  # of values, that their number is filled up to a multiple of
+_TOKENS = 16  # of values, that their number is filled up to a multiple of
 
 
 def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -19,7 +19,7 @@ def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k = k - k.mean(2, keepdim=True, dtype=torch.float32).to(k.dtype)
-    v = F.pad(v.transpose(2, 3), (0, -v.shape[2] % TOKENS))
+    v = F.pad(v.transpose(2, 3), (0, -v.shape[2] % _TOKENS))
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = _rounded(q, (2, 3)), _rounded(k, (2, 3)), _rounded(v, (3,))
     return q8, k8, v8, (q_scale * k_scale).flatten(2), v_scale.flatten(2)
 

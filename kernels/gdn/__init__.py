@@ -27,7 +27,10 @@ def maps_of_branches(branches: Sequence[tuple[Tensor, Tensor, Tensor]], decay: T
         from longtake.kernels.gdn.triton_maps import FrameMaps
 
         return apply(FrameMaps, decay, *(tensor for branch in branches for tensor in branch))
-    transitions, increments = zip(*(reference.frame_maps(*branch, decay) for branch in branches), strict=True)
+    maps = [reference.frame_maps(*branch, decay) for branch in branches]
+    if len(maps) == 1:
+        return maps[0]
+    transitions, increments = zip(*maps, strict=True)
     return torch.cat(transitions), torch.cat(increments)
 
 

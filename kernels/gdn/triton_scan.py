@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from longtake.kernels.launch import padded, roomy
 
 _ROWS, _WARPS = 32, 8
-_PRECISION = (
-    "tf32x3"  # products of the state are float32's to some 20 bits: what rounding loses, every frame loses again
-)
+# Products of the state are float32's to some 20 bits: what rounding loses, every frame loses again.
+_PRECISION = "tf32x3"
 
 
 @triton.jit
@@ -105,10 +104,8 @@ def _to_maps(
     for first in range(0, ROWS, BLOCK_R):
         inside = (first + r < ROWS)[:, None] & (d < D)[None, :]
         here = at * ROWS * D + (first + r)[:, None] * D + d[None, :]
-        to_forwards, to_backwards = (
-            tl.load(to_forwards_ptr + here, inside, 0.0),
-            tl.load(to_backwards_ptr + here, inside, 0.0),
-        )
+        to_forwards = tl.load(to_forwards_ptr + here, inside, 0.0)
+        to_backwards = tl.load(to_backwards_ptr + here, inside, 0.0)
         tl.store(d_increment_ptr + here, to_forwards + to_backwards, inside)
         before = tl.load(forwards_ptr + here - heads * ROWS * D, inside & earlier[:, None], 0.0)
         total = tl.dot(tl.trans(before), to_forwards, total, input_precision=PRECISION)
