@@ -22,12 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
-import numpy as np
 
 import longtake
 from longtake.model import presets
-from longtake.model.config import WorldModelConfig
-from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.data.latents import LatentStore
+from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe import measurements, notices
 from longtake.platform.observe.job import run_job
 from longtake.platform.train import checkpoint, log, run, stages
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     os.environ.pop("RAY_ADDRESS", None)  # another cluster's workers would not see this object store
     with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder, "objects")) as store:
-        _write_latents(config, store.folder / "latents", clips=2 * args.steps)
+        write_random(LatentStore(str(store.folder / "latents")), config, stage.frames, clips=2 * args.steps)
         store.start()
         losses = {}
         for name, fault in (("undisturbed", None), *FAULTS.items()):
@@ -169,16 +168,6 @@ def _final_loss(settings: Settings, fault: Callable[[threading.Event], None] | N
     last = log.read(settings.folder)[-1]
     assert last["step"] == settings.stage.steps
     return last["loss"]
-
-
-def _write_latents(config: WorldModelConfig, folder: Path, clips: int) -> None:
-    """A clip a shard, so that each step has files to open."""
-    rng, poses = np.random.default_rng(0), np.tile(np.eye(4, dtype=np.float32), (9, 1, 1))
-    shape = config.latent_channels, config.latent_frames(9), *config.latent_size
-    for n in range(clips):
-        latents = rng.normal(size=shape).astype(np.float16)
-        clip = EncodedClip(f"{n}", latents, poses, np.full((9, 4), 100, np.float32), "noise")
-        LatentStore(str(folder)).write_shard(f"{n:04d}", [clip])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@ Legend: R ranks, n_r latent frames on rank r, S tokens a frame, B clips, H heads
 of attention (2 where the camera's rays are read). In one forward pass of a block, rank r sends, with e bytes a number:
 
     states     (R - 1) B H D (2 D b + D + 1) e               of GDN blocks: to every other rank a map, D x D and D x D
-                                                             a branch, D x D and 1 x D of the normaliser; e is 4
+                                                             a branch, D x D and 1 x D of the normaliser; e is 4,
+                                                             whatever else is computed in
     halo       B C S (b f_r(K - 1) + f_r(k // 2)) e          key convolutions of size K (of GDN blocks alone), the
                                                              feed-forward's of k; f_r(n): frames of r that lie within n
                                                              frames of another rank's, counted for each of these
@@ -30,23 +31,25 @@ def sent_in_a_block(
     clips: int,
     tokens: int,
     softmax: bool,
+    itemsize: int = 4,
 ) -> dict[str, int]:
-    """The formulas above in float32: `counts` latent frames on each rank, `tokens` a frame.
+    """The formulas above: `counts` latent frames on each rank, `tokens` a frame, `itemsize` bytes a number.
 
     heads: how many are each rank's, None for a ring.
     """
+    one = itemsize * clips * tokens
     d, size, branches = config.head_dim, config.hidden_size, 1 + config.reads_rays
     halo = _reached(counts, rank, config.temporal_kernel_size // 2)
     if not softmax:
         states = (len(counts) - 1) * clips * size * (2 * d * branches + d + 1)
         halo += branches * _reached(counts, rank, config.conv_kernel_size - 1)
-        return {"states": 4 * states, "halo": 4 * clips * size * tokens * halo}
+        return {"states": 4 * states, "halo": one * size * halo}
     held, elsewhere = counts[rank], sum(counts) - counts[rank]
     if heads is None:
         attention = 2 * size * (sum(counts) - counts[(rank + 1) % len(counts)])
     else:
         attention = d * (3 * held * (config.num_heads - heads[rank]) + elsewhere * heads[rank])
-    return {"halo": 4 * clips * size * tokens * halo, "attention": 4 * clips * branches * tokens * attention}
+    return {"halo": one * size * halo, "attention": one * branches * attention}
 
 
 def _reached(counts: Sequence[int], rank: int, reach: int) -> int:

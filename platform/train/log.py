@@ -48,7 +48,13 @@ class Log:
         now = time.monotonic()
         elapsed = now - self._time
         speed = (step - self._step) * self.stage.batch_size / elapsed
-        record = {"step": step, "seconds": round(seconds, 2), **values, "lr": rate, "clips_per_second": round(speed, 2)}
+        record = {
+            "step": step,
+            "seconds": round(seconds, 2),
+            **values,
+            "lr": rate,
+            "clips_per_second": float(f"{speed:.4g}"),
+        }
         if self.clip_tokens:
             record["tokens_per_second"] = round(speed * self.clip_tokens)
         if self.clip_seconds:

@@ -149,8 +149,11 @@ def find_parts(folders: list[str]) -> dict[str, str]:
     return found
 
 
-def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3) -> None:
-    """Train on the Ray cluster that `connect` finds, on GPUs where it has them; `losses` as `survive` takes it."""
+def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3, keep: bool = True) -> None:
+    """Train on the Ray cluster that `connect` finds, on GPUs where it has them; `losses` as `survive` takes it.
+
+    keep: save what is trained; otherwise there are only its records (timed.py).
+    """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -166,7 +169,8 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
     def fit() -> None:
         TorchTrainer(
             _worker,
-            train_loop_config={"settings": settings, "source": source},  # so that all workers see the same clips
+            # The source, so that all workers see the same clips.
+            train_loop_config={"keep": keep, "settings": settings, "source": source},
             scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=gpus > 0),
             run_config=RunConfig(name=f"{settings.stage.name}-{time.time_ns()}", storage_path=str(scratch)),
         ).fit()
@@ -179,9 +183,12 @@ def launch(settings: Settings, wandb_project: str | None = None, losses: int = 3
 
 
 def _worker(config: dict[str, Any]) -> None:
-    from longtake.platform.train.loop import train  # seconds of imports that only workers need
-
-    train(**config)
+    # Seconds of imports, which only workers need.
+    if config.pop("keep"):
+        from longtake.platform.train.loop import train as work
+    else:
+        from longtake.platform.train.timed import timed as work
+    work(**config)
 
 
 def _write_record(settings: Settings) -> None:
