@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from longtake.platform.parallel.context import ContextParallel
 from longtake.platform.train.feed import Source
 from longtake.platform.train.loop import Worker
 from longtake.platform.train.settings import Settings
@@ -32,17 +33,17 @@ class _Timed(Worker):
         pass
 
     def note_traffic(self) -> None:
-        if self.stage.context_parallel == 1:
+        axis = self.objective.time_axis
+        if not isinstance(axis, ContextParallel):
             return
-        peers = self.objective.time_axis.peers
         blocks = self.objective.get_submodule("world_model.blocks")
         sent: list[Counter[str]] = []
         itemsize = 2 if self.device.type == "cuda" and self.stage.dtype == "bfloat16" else 4
         noted = {"itemsize": itemsize, "sent": sent}
 
         def note(*_: Any) -> None:
-            sent.append(Counter(peers.sent))
-            peers.sent.clear()
+            sent.append(Counter(axis.peers.sent))
+            axis.peers.sent.clear()
             if len(sent) == len(hooks):
                 for hook in hooks:
                     hook.remove()
