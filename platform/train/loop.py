@@ -24,7 +24,7 @@ from longtake.model.objectives import Draws, build_objective
 from longtake.platform.observe import notices
 from longtake.platform.observe.notices import say
 from longtake.platform.parallel.context import own_clip
-from longtake.platform.train import checkpoint, log, results
+from longtake.platform.train import checkpoint, log, reshard, results
 from longtake.platform.train.ema import EMA
 from longtake.platform.train.feed import Batch, LatentSource, Mixed, Source, draw, open_sources, stream
 from longtake.platform.train.log import Log
@@ -35,6 +35,7 @@ from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
 
 _MOST_SKIPPED = 10  # updates in a row
+_TAG = "state"  # of DeepSpeed's files in a checkpoint
 
 
 def train(settings: Settings, source: Source | None = None) -> None:
@@ -228,10 +229,10 @@ class Worker:
         folder = self.settings.folder / "checkpoints"
 
         def write_files(partial: Path) -> None:
-            state = {"step": self.step, "seconds": self.clock.now(), "workers": self.workers}
+            state = {"step": self.step, "seconds": self.clock.now()}
             if self.ema and self.rank == 0:
                 state["ema"] = self.ema.state_dict()
-            self.engine.save_checkpoint(str(partial), tag="state", client_state=state, save_latest=False)
+            self.engine.save_checkpoint(str(partial), tag=_TAG, client_state=state, save_latest=False)
 
         checkpoint.write(folder, self.step, write_files, rank=self.rank, barrier=_barrier)
         if self.rank == 0:
@@ -253,12 +254,14 @@ class Worker:
         newest = checkpoint.newest(self.settings.folder / "checkpoints")
         if newest is None:
             return 0, 0.0
-        _, state = self.engine.load_checkpoint(str(newest), tag="state")
-        if self.stage.zero_stage and state["workers"] != self.workers:
-            raise ValueError(
-                f"{newest} was written by {state['workers']} workers, a share of ZeRO's state each: "
-                "go on with that many --workers"
-            )
+        if self.stage.zero_stage and reshard.written_by(newest, _TAG) != self.workers:
+            state = reshard.load(self.engine, newest, _TAG, rank=self.rank, barrier=_barrier)
+        else:
+            _, state = self.engine.load_checkpoint(str(newest), tag=_TAG)
+        if self.stage.zero_stage == 3:
+            # Loading gathers small parameters. DeepSpeed learns which modules use another's parameters when it finds
+            # them apart, in the first pass, and would have none in the backward pass.
+            self.engine.optimizer.checkpoint_event_prologue()
         if self.ema and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         return state["step"], state["seconds"]
