@@ -1,7 +1,8 @@
 """Train through faults and compare the losses with a calm run's.
 
-A worker is killed twice, the object store is killed and restarts, a cut shard is added. On this machine alone, from
-random latents in an object store that is started for it (infra/object_store.py).
+A worker is killed twice, the object store is killed and restarts, a cut shard is added. Stages 2 and 3 follow a calm
+stage 1, and through another restart the one with killed workers. On this machine alone, from random latents in an
+object store that is started for it (infra/object_store.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe import measurements, notices
 from longtake.platform.observe.job import run_job
 from longtake.platform.train import checkpoint, log, run, stages
+from longtake.platform.train.run import find_parts
 from longtake.platform.train.settings import Settings
+from longtake.platform.train.stages import Stage
 
 BUCKET = "faults"
 LIMIT = 1e-5  # of the relative difference between the final losses
@@ -38,34 +41,43 @@ LIMIT = 1e-5  # of the relative difference between the final losses
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    stage = dataclasses.replace(
-        stages.get("stage1_gdn", args.preset),
-        **dict(frames=9, window=9, batch_size=2, micro_batch_size=1, steps=args.steps, warmup=0, schedule="constant"),
-        **dict(checkpoint_steps=2, log_every=1, cache=None, seed=7),  # read from the store to the end
-    )
-    config = dataclasses.replace(presets.get(args.preset), **stage.model)
+    chain = [_short(stages.get(name, args.preset), args.steps) for name in CHAIN]
     if args.steps < 8:
         raise ValueError(f"--steps {args.steps} must be at least 8: faults come at steps 2 and 4")
     if args.dry_run:
-        print(json.dumps(vars(args) | {"stage": dataclasses.asdict(stage)}, indent=2))
+        print(json.dumps(vars(args) | {"stages": [dataclasses.asdict(stage) for stage in chain]}, indent=2))
         return
     os.environ.pop("RAY_ADDRESS", None)  # another cluster's workers would not see this object store
+    preset = presets.get(args.preset)
+    losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, ObjectStore(Path(folder, "objects")) as store:
-        write_random(LatentStore(str(store.folder / "latents")), config, stage.frames, clips=2 * args.steps)
+        write_random(LatentStore(str(store.folder / "latents")), preset, chain[0].frames, clips=2 * args.steps)
         store.start()
-        losses = {}
-        for name, fault in (("undisturbed", None), *FAULTS.items()):
-            chosen = Settings(stage, config, ((f"s3://{BUCKET}/latents", 1.0),), f"{folder}/{name}", {})
-            losses[name] = _final_loss(chosen, fault and fault(store, chosen.folder))
-    figures = {"undisturbed_loss": losses.pop("undisturbed")}
-    figures |= {f"{name}_final_loss": loss for name, loss in losses.items()}
-    for name, loss in figures.items():
+        data = ((f"s3://{BUCKET}/latents", 1.0),)
+        for name, planned in RUNS.items():
+            stage = chain[planned.stage]
+            config = dataclasses.replace(preset, **stage.model)
+            init = find_parts([f"{folder}/{planned.after}"]) if planned.after else {}
+            chosen = Settings(stage, config, data, f"{folder}/{name}", init)
+            losses[name] = _final_loss(chosen, planned.fault and planned.fault(store, chosen.folder))
+    for name, loss in losses.items():
         print(f"{name:36} {loss:.8f}")
-    calm = figures["undisturbed_loss"]
-    if other := [name for name, loss in figures.items() if not abs(loss - calm) <= LIMIT * calm]:
+    calm = {RUNS[name].stage: loss for name, loss in losses.items() if name.startswith("undisturbed")}
+    if other := [name for name, loss in losses.items() if not abs(loss / calm[RUNS[name].stage] - 1) <= LIMIT]:
         raise ValueError(f"{', '.join(other)}: not within {LIMIT:g} of the undisturbed loss")
     if args.write:
+        figures = {
+            name + ("_loss" if name.startswith("undisturbed") else "_final_loss"): losses[name] for name in losses
+        }
         print(f"figures: {measurements.write('faults_train', figures)}")
+
+
+def _short(stage: Stage, steps: int) -> Stage:
+    return dataclasses.replace(
+        stage,
+        **dict(frames=9, window=9, batch_size=2, micro_batch_size=1, steps=steps, warmup=0, schedule="constant"),
+        **dict(checkpoint_steps=2, log_every=1, cache=None, seed=7),  # read from the store to the end
+    )
 
 
 class ObjectStore(contextlib.AbstractContextManager):
@@ -141,10 +153,25 @@ def _add_cut_shard(store: ObjectStore, folder: Path) -> Callable[[threading.Even
     return lambda ended: None
 
 
-FAULTS: dict[str, Fault] = {
-    "worker_killed_twice": _kill_worker_twice,
-    "object_store_restarted": _restart_object_store,
-    "truncated_shard": _add_cut_shard,
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run: which of the chain's stages, what happens in it, and the run that it starts from."""
+
+    stage: int
+    fault: Fault | None = None
+    after: str | None = None
+
+
+CHAIN = ("stage1_gdn", "stage2_hybrid", "stage3_minute")
+RUNS = {
+    "undisturbed": Planned(0),
+    "worker_killed_twice": Planned(0, _kill_worker_twice),
+    "object_store_restarted": Planned(0, _restart_object_store),
+    "undisturbed_stage2": Planned(1, after="undisturbed"),
+    "faults_until_stage2": Planned(1, _restart_object_store, after="worker_killed_twice"),
+    "undisturbed_stage3": Planned(2, after="undisturbed_stage2"),
+    "faults_until_stage3": Planned(2, after="faults_until_stage2"),
+    "truncated_shard": Planned(0, _add_cut_shard),  # which stays in the store
 }
 
 

@@ -15,7 +15,7 @@ def write_random(store: LatentStore, config: WorldModelConfig, frames: int, clip
     poses = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
     poses[:, 2, 3] = np.linspace(0, 5, frames)
     height, width = config.image_size
-    pinholes = np.tile(np.float32([width, width, width / 2, height / 2]), (frames, 1))
+    pinholes = np.tile(np.array([width, width, width / 2, height / 2], np.float32), (frames, 1))
     for number in range(clips):
         latents = rng.normal(size=shape).astype(np.float16)
         store.write_shard(f"{number:04d}", [EncodedClip(f"{number}", latents, poses, pinholes, "noise")])

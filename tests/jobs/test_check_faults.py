@@ -16,9 +16,9 @@ from longtake.platform.train.settings import Settings
 pytestmark = pytest.mark.cpu
 
 
-def test_a_dry_run_prints_the_stage_and_short_runs_are_refused(capsys):
+def test_a_dry_run_prints_the_stages_and_short_runs_are_refused(capsys):
     check_faults.main(["--dry-run", "--steps", "9"])
-    assert json.loads(capsys.readouterr().out)["stage"]["steps"] == 9
+    assert [stage["steps"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [9, 9, 9]
     with pytest.raises(ValueError, match="--steps 7 must be at least 8"):
         check_faults.main(["--steps", "7"])
 
