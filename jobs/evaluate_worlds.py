@@ -21,7 +21,7 @@ from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
-from longtake.platform.evaluate.identification import fans, identify, psnr_db
+from longtake.platform.evaluate.identification import fans, identify, path_errors, psnr_db
 from longtake.platform.evaluate.scores import color_drift, sharpness_drift
 from longtake.platform.evaluate.sheets import contact_sheet
 from longtake.platform.observe import measurements
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.limit:
         figures["vae_psnr_db"] = evaluation.vae_psnr(clips)
     if starts:
-        ways = len(next(iter(starts.values())))
-        figures[f"identification_{ways}way"] = evaluation.identification(store, starts, with_camera=True)
-        figures[f"identification_{ways}way_no_camera"] = evaluation.identification(store, starts, with_camera=False)
+        figures |= evaluation.identification(store, starts, with_camera=True)
+        if args.without_camera:
+            figures |= evaluation.identification(store, starts, with_camera=False)
         figures["starts"] = len(starts)
     if args.long and starts:
         figures |= evaluation.drift([store.read(keys[0]) for keys in list(starts.values())[: args.long_videos]])
@@ -85,6 +85,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--store", required=True, help="clip store of the fans, a folder or s3://bucket/prefix")
     add("--clips", help="clip store whose test split the autoencoder is measured on; by default --store")
     add("--starts", type=int, default=64, help="starts of the fan store; 0 for none")
+    add("--only-with-camera", dest="without_camera", action="store_false", help="do not also leave the camera out")
     add("--limit", type=int, default=32, help="clips for the autoencoder; 0 for none")
     add("--long", type=float, default=60.0, help="seconds of the videos that drift is measured on; 0 for none")
     add("--long-videos", type=int, default=2, help="how many of those")
@@ -145,13 +146,14 @@ class Evaluation:
                 progress.update(1, psnr_db=float(np.mean(values)))
         return float(np.mean(values))
 
-    def identification(self, store: ClipStore, starts: dict[str, list[str]], with_camera: bool) -> float:
-        """Share of starts whose generated video is nearest to the true rendering of the same camera.
+    def identification(self, store: ClipStore, starts: dict[str, list[str]], with_camera: bool) -> dict[str, float]:
+        """Share of starts whose generated video is nearest to the true rendering of the same camera; and how far the
+        paths of the nearest ones are from those asked for, means over starts in degrees and metres.
 
         Start number i takes rendering i modulo their number, and seed i.
         """
         names, kind = list(starts), "camera" if with_camera else "no camera"
-        right, size = 0, self.args.batch_size
+        right, size, errors = 0, self.args.batch_size, []
         with Progress(len(names), label=kind) as progress:
             for first in range(0, len(names), size):
                 numbers = range(first, min(first + size, len(names)))
@@ -163,9 +165,11 @@ class Evaluation:
                 cameras = [clip.trajectory() for clip in clips]
                 videos = self._generate(clips, cameras, list(numbers), with_camera)
                 for number, way, video in zip(numbers, wanted, videos, strict=True):
-                    truths = [store.read(key).frames for key in starts[names[number]]]
+                    fan = [store.read(key) for key in starts[names[number]]]
+                    truths = [clip.frames for clip in fan]
                     nearest, distances = identify(video, truths)
                     right += nearest == way
+                    errors.append(path_errors(fan[nearest].c2w, fan[way].c2w))
                     if number < self.args.sheets:
                         label = f"true {way} ({distances[way]:.1f}), nearest {nearest} ({distances[nearest]:.1f})"
                         sheet = {
@@ -175,7 +179,13 @@ class Evaluation:
                         }
                         contact_sheet(self.args.out / f"{kind.replace(' ', '_')}_{number:02}.png", sheet)
                     progress.update(1, correct=right / (number + 1))
-        return right / len(names)
+        ways, suffix = len(starts[names[0]]), "" if with_camera else "_no_camera"
+        rotation, translation = np.mean(errors, axis=0)
+        return {
+            f"identification_{ways}way{suffix}": right / len(names),
+            f"rotation_error_deg{suffix}": float(rotation),
+            f"translation_error_m{suffix}": float(translation),
+        }
 
     def drift(self, clips: list[Clip]) -> dict[str, float]:
         """Relative change of sharpness and colour from first to last second of long videos: means over `clips`."""

@@ -49,6 +49,17 @@ def identify(generated: np.ndarray, renderings: Sequence[np.ndarray]) -> tuple[i
     return int(np.argmin(distances)), distances
 
 
+def path_errors(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Means over frames of the angle in degrees and the distance in metres between two paths of cameras.
+
+    Camera-to-world (F, 4, 4) each, seen from their first frames: RotErr and TransErr of SANA-WM section 6, unaligned.
+    """
+    one, other = (np.linalg.inv(path[0]) @ path for path in (one.astype(np.float64), other.astype(np.float64)))
+    cosine = (np.einsum("fij,fij->f", one[:, :3, :3], other[:, :3, :3]) - 1) / 2
+    distance = np.linalg.norm(one[:, :3, 3] - other[:, :3, 3], axis=1)
+    return float(np.degrees(np.arccos(cosine.clip(-1, 1))).mean()), float(distance.mean())
+
+
 def psnr_db(one: np.ndarray, other: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two uint8 videos of one shape; of equal ones, that of half a grey level's error."""
     error = np.mean([((a.astype(np.float32) - b) ** 2).mean() for a, b in zip(one, other, strict=True)])

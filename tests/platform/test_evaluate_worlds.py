@@ -15,7 +15,7 @@ from longtake.jobs import evaluate_worlds
 from longtake.model.camera import parse_actions
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
-from longtake.platform.evaluate.identification import fans, identify, psnr_db
+from longtake.platform.evaluate.identification import fans, identify, path_errors, psnr_db
 from longtake.platform.observe.job import run_job
 
 pytestmark = pytest.mark.cpu
@@ -47,6 +47,17 @@ def test_a_still_video_is_taken_for_the_still_rendering():
 def test_psnr_is_that_of_the_definition():
     grey = np.full((2, 4, 4, 3), 100, np.uint8)
     assert psnr_db(grey, grey + 5) == pytest.approx(10 * np.log10(255**2 / 25))
+
+
+def test_errors_of_a_path_are_seen_from_its_first_frame():
+    forwards, turning = (parse_actions(text, image_size=(64, 96)).c2w.numpy() for text in ("w-16", "right-16"))
+    elsewhere = turning[-1] @ forwards
+    assert path_errors(forwards, elsewhere) == pytest.approx((0, 0), abs=1e-3)
+    angle, distance = path_errors(forwards, turning)
+    ends = np.linalg.inv(turning[0]) @ turning
+    angles = np.degrees(np.arccos(((np.trace(ends[:, :3, :3], axis1=1, axis2=2) - 1) / 2).clip(-1, 1)))
+    assert angle == pytest.approx(angles.mean(), rel=1e-3) and angle > 1
+    assert distance == pytest.approx(np.linalg.norm(forwards[:, :3, 3] - forwards[0, :3, 3], axis=1).mean(), rel=1e-3)
 
 
 def test_fans_are_sorted_by_number():
@@ -94,11 +105,16 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
         "vae_psnr_db",
         "identification_3way",
         "identification_3way_no_camera",
+        "rotation_error_deg",
+        "rotation_error_deg_no_camera",
+        "translation_error_m",
+        "translation_error_m_no_camera",
         "starts",
         "sharpness_drift_3s",
         "color_drift_3s",
     }
     assert 0 <= written["identification_3way"] <= 1
+    assert (written["identification_3way"] == 1) == (written["translation_error_m"] == 0)
     out = Path(command[-1])
     names = {
         "vae_00.png",
