@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,30 @@ def small_weights(small_config: WorldModelConfig, tmp_path_factory: pytest.TempP
     (folder / "images" / "hall.txt").write_text("a hall <with> columns\n")
     (folder / "images" / "licence.txt").write_text("CC0-1.0\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sana_video_of() -> Callable:
+    """diffusers' SANA-Video, random, of a configuration's sizes and on its latents but for keyword arguments."""
+    from diffusers import SanaVideoTransformer3DModel
+
+    def build(config: WorldModelConfig, **changes: Any) -> SanaVideoTransformer3DModel:
+        sizes: dict[str, Any] = dict(
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            patch_size=(1, 1, 1),
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            num_layers=config.depth,
+            num_cross_attention_heads=config.num_heads,
+            cross_attention_head_dim=config.head_dim,
+            cross_attention_dim=config.hidden_size,
+            caption_channels=config.text_dim,
+            mlp_ratio=config.mlp_ratio,
+        )
+        return SanaVideoTransformer3DModel(**(sizes | changes))
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.model import weights
+from longtake.model import sana_video, weights
 from longtake.model.camera import CameraFeatures, camera_features
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
@@ -24,8 +24,8 @@ class FlowObjective(Objective):
     A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
     image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves a
     clip's camera out. replace_gdn: weights to start from may have GDN in every block; those that are softmax
-    attention here begin with the replaced ones' weights. batch: latents, c2w, intrinsics, tokens int64 (B, L),
-    tokens_mask bool (B, L).
+    attention here begin with the replaced ones' weights. A SANA-Video to start from has no text encoder: a small one
+    keeps its random weights. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
 
     Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
     share times the number of stretches: its mean over the ranks is the clips' loss.
@@ -120,6 +120,9 @@ class FlowObjective(Objective):
         weights.save_part(self.text, folder, "text", dtype)
 
     def load(self, folder: Path) -> None:
+        if video := sana_video.find(folder):
+            sana_video.start(self.world_model, video)
+            return
         if self.replace_gdn and not weights.config_for(self.config, folder).softmax_every:
             gdn = WorldModel(dataclasses.replace(self.config, softmax_every=0))
             weights.load_part(gdn, folder, "dit")

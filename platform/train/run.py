@@ -12,10 +12,11 @@ from typing import Any
 
 import ray
 
-from longtake.model import presets, weights
+from longtake.model import presets, sana_video, weights
 from longtake.model.checkpoint import local_folder
 from longtake.model.config import WorldModelConfig
 from longtake.platform.observe import ray_cluster
+from longtake.platform.observe.notices import say
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train import checkpoint, log, stages
 from longtake.platform.train.feed import open_sources
@@ -58,16 +59,22 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
     init = find_parts(args.init)
+    video = sana_video.find(Path(init["dit"])) if "dit" in init else None
+    if video and (stage.objective != "flow" or stage.init_from):
+        raise ValueError(f"{video} is a SANA-Video, which {name} does not start from: train stage1_gdn from it first")
     if stage.objective == "vae":
         # Other parts of a weights folder belong to its old latents; exported, they would look like this run's.
         init = {part: folder for part, folder in init.items() if part == "vae"}
         if stage.options.get("freeze_encoder") and not init:
             raise ValueError("freeze_encoder trains the decoder of an autoencoder that exists: give it with --init")
-    if init.get("dit") != init.get("text"):
+    if init.get("dit") != init.get("text") and not video:
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
     if stage.init_from and "dit" not in init:
         raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")
     for part, folder in init.items():
+        if part == "dit" and video:
+            say(sana_video.account(video, config))
+            continue
         saved = weights.config_for(config, Path(folder))
         if part == "dit":
             _check_origin(stage, config, saved, Path(folder))
@@ -132,13 +139,18 @@ def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfi
 def find_parts(folders: list[str]) -> dict[str, str]:
     """The weights folder of each part, over runs and weights folders; the last one given wins.
 
-    ValueError for a folder that is neither.
+    A SANA-Video is a world model alone, without a text encoder trained with it; nothing else is read of its pipeline.
+    ValueError for a folder that is none of these.
     """
     found: dict[str, str] = {}
     for given in folders:
         folder = local_folder(given)
         if (folder / "weights").is_dir():
             folder = folder / "weights"
+        if video := sana_video.find(folder):
+            found["dit"] = str(video.resolve())
+            found.pop("text", None)
+            continue
         parts = {part: str(folder.resolve()) for part, name in weights.FOLDERS.items() if (folder / name).is_dir()}
         if not parts:
             raise ValueError(

@@ -16,6 +16,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
+from longtake.model import sana_video
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
 from longtake.model.weights import FOLDERS
 from longtake.platform.data.clip import Clip
@@ -142,9 +143,10 @@ def fit(scratch, all_settings, workers=1, notice=None):
 
 
 @pytest.fixture(scope="module")
-def runs(ray_cluster, tmp_path_factory):
+def runs(ray_cluster, sana_video_of, tmp_path_factory):
     """Folder of finished runs, each named after what was special about it."""
     folder = tmp_path_factory.mktemp("runs")
+    sana_video_of(MICRO, in_channels=4, out_channels=4, patch_size=(1, 2, 2)).save_pretrained(folder / "video")
     clips, latents = make_clips(folder / "clips"), make_latents(folder / "latents")
     more, poisoned = make_latents(folder / "more", seed=1), make_latents(folder / "poisoned", poisoned=[0])
 
@@ -173,6 +175,7 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow muon halved", optimizer="muon"),
         dataclasses.replace(flow("gdn", steps=1), config=dataclasses.replace(MICRO, softmax_every=0)),
         dataclasses.replace(flow("plucker", steps=1), config=dataclasses.replace(MICRO, camera_branches="plucker")),
+        dataclasses.replace(flow("from video", steps=1, learning_rate=0.0), init={"dit": str(folder / "video")}),
         settings(latents, folder / "hybrid", "stage2_hybrid", init=gdn, steps=1, learning_rate=0.0),
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
     ]
@@ -242,6 +245,12 @@ def test_stage_2_begins_with_the_weights_of_stage_1(runs):
     gdn, hybrid = weights(runs / "gdn"), weights(runs / "hybrid")
     assert set(gdn) - set(hybrid) == {f"transformer/blocks.3.attn.conv_k{kind}.weight" for kind in ("", "_cam")}
     assert set(hybrid) < set(gdn) and all(torch.equal(hybrid[name], gdn[name]) for name in hybrid)
+
+
+def test_stage_1_begins_with_the_weights_of_a_sana_video(runs):
+    expected = sana_video.from_sana_video(load_file(runs / "video/diffusion_pytorch_model.safetensors"), MICRO)
+    trained = weights(runs / "from video")
+    assert all(torch.equal(trained[f"transformer/{name}"], expected[name].half()) for name in expected)
 
 
 def test_a_run_draws_from_several_corpora(runs):

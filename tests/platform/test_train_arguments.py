@@ -120,3 +120,36 @@ def test_a_decoder_alone_needs_its_encoder():
 )
 def test_stores_are_given_with_their_weights(given, corpora):
     assert run._corpora(given) == corpora
+
+
+@pytest.mark.parametrize(
+    ("place", "stage", "sizes", "says"),
+    [
+        ("", "stage1_gdn", {}, None),
+        ("transformer", "stage1_gdn", dict(in_channels=16, out_channels=16, patch_size=(1, 2, 2)), None),
+        (
+            "",
+            "stage1_gdn",
+            dict(num_layers=2, num_attention_heads=3, attention_head_dim=64),
+            "of num_layers 2, num_attention_heads 3, attention_head_dim 64, preset 'tiny' needs num_layers 8",
+        ),
+        ("", "stage1_gdn", dict(attention_bias=True), "attn1.to_k.bias does not belong to a SANA-Video"),
+        ("", "stage0_vae", {}, "is a SANA-Video, which stage0_vae does not start from: train stage1_gdn from it first"),
+        ("", "stage2_hybrid", {}, "is a SANA-Video, which stage2_hybrid does not start from"),
+    ],
+)
+def test_stage_1_starts_from_a_sana_video_that_fits(place, stage, sizes, says, sana_video_of, tmp_path, capsys):
+    sana_video_of(presets.get("tiny"), **sizes).save_pretrained(tmp_path / "video" / place)
+    # What an earlier run trained beside another world model, and a pipeline's own for other latents and captions.
+    for folder in ("run/transformer", "run/text_encoder", "video/vae", "video/text_encoder"):
+        (tmp_path / folder).mkdir(parents=True)
+    arguments = ["--data", "latents", "--init", str(tmp_path / "run"), "--init", str(tmp_path / "video"), "--dry-run"]
+    with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+        run.run_stage(stage, arguments)
+    if says:
+        return
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["init"] == {"dit": str(tmp_path / "video" / place)}
+    (notice,) = printed.err.splitlines()
+    assert ("204 of SANA-Video's 208 tensors start" if sizes else "208 of SANA-Video's 208 tensors start") in notice
+    assert "attn.beta_proj" in notice and ("x_embedder" in notice) == bool(sizes) and "cross_attn" not in notice
