@@ -21,6 +21,7 @@ from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import user_message
+from longtake.platform.store.video import read_video
 from longtake.platform.train import checkpoint, feed, log, run, schedule, stages
 from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
@@ -52,8 +53,6 @@ MICRO = WorldModelConfig(
     ),
 )
 FRAMES = 17
-
-
 POSES, PINHOLES = np.tile(np.eye(4, dtype=np.float32), (FRAMES, 1, 1)), np.full((FRAMES, 4), 32, np.float32)
 
 
@@ -159,6 +158,7 @@ def runs(ray_cluster, tmp_path_factory):
         flow("flow grown", steps=2),
         settings(latents, folder / "flow at once", "stage1_gdn"),
         dataclasses.replace(flow("flow mixed"), data=((latents, 1.0), (more, 3.0))),
+        flow("flow padded", frames=41, pad=True, init={"vae": init["vae"]}),
         flow("flow unclipped", steps=1, grad_clip=0.0),
         dataclasses.replace(flow("flow poisoned", steps=6, optimizer="muon"), data=((poisoned, 1.0),)),
         flow("flow muon", optimizer="muon"),
@@ -176,6 +176,7 @@ def runs(ray_cluster, tmp_path_factory):
     two += [flow(f"flow cut, zero {values['zero_stage']}", context_parallel=2, **values) for values in by_zero_stage]
     two += [
         flow("flow cut in a ring", context_parallel=2, attention_exchange="ring", checkpoint_blocks=True),
+        flow("flow padded, cut", frames=41, pad=True, context_parallel=2),  # the second worker holds padding alone
         flow("flow zero 2, offloaded", zero_stage=2, offload=True, steps=2),
         flow("flow zero 2, offloaded", zero_stage=2, offload=True),
         flow("flow zero 3, offloaded", zero_stage=3, ema=0.0, offload=True, checkpoint_blocks=True),
@@ -218,6 +219,12 @@ def test_workers_that_share_clips_train_like_one(zero_stage, runs):
     ours, theirs = weights(runs / name), weights(runs / "flow")
     if zero_stage < 3:  # whose weights are no average
         assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3) for key in ours)
+
+
+@pytest.mark.parametrize("name", ["flow padded", "flow padded, cut"])
+def test_padded_clips_train_as_without_padding(name, runs):
+    assert losses(runs / name) == pytest.approx(losses(runs / "flow"), rel=1e-4)
+    assert len(read_video(runs / "flow padded" / "sample.mp4")) == FRAMES
 
 
 def test_more_workers_than_heads_share_attention_in_a_ring(runs):
