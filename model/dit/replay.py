@@ -21,8 +21,8 @@ class Replay:
     """`velocity` of a network whose weights stay where they are, without gradients.
 
     The first step of a shape is captured, with buffers of its own for everything that it reads; later ones copy what
-    has changed into them. Off a GPU, for more tokens, for a part of a clip and under autocast the network itself is
-    called.
+    has changed into them. Off a GPU, for more tokens, for a part of a clip or a padded one, and under autocast the
+    network itself is called.
     """
 
     def __init__(self, model: WorldModel):

@@ -1,10 +1,14 @@
-"""How a block reaches other frames than its own: the one thing that changes when a clip is cut between devices."""
+"""How a block reaches other frames than its own: the one thing that changes when a clip is cut between devices, or
+padded to the length of another.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.kernels.attention import attend, attend_float8
@@ -32,11 +36,70 @@ class TimeAxis:
         """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
         return function(x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+    ) -> Tensor:
+        """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`.
+
+        real: how many of each clip's tokens, its first ones, are to attend and to be attended to; int64 (B,), on the
+        CPU, where None stands for all. The other tokens' results are zeros.
+        """
+        if real is not None:
+            return _each_clip_alone(q, k, v, scale, dtype, real)
         if dtype == torch.float8_e4m3fn:
             return attend_float8(q, k, v, scale)
         return attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
 
 
 WHOLE_CLIP = TimeAxis()
+
+
+class Padded(TimeAxis):
+    """`axis` of clips that are padded at their ends: a real frame gets what it would get in its clip alone.
+
+    frames: how many of each clip's are real, int64 (B,) on the CPU; grid: (T held, height, width); device: of what is
+    to be computed. Padded frames get something finite that means nothing.
+    """
+
+    def __init__(self, axis: TimeAxis, frames: Tensor, grid: tuple[int, int, int], device: torch.device):
+        self.axis, self.stretches = axis, axis.stretches
+        real = torch.arange(axis.place(grid[0])[1]) < frames[:, None]
+        self.padding = ~axis.held(real, 1).to(device)
+        self.tokens = frames * grid[1] * grid[2]
+
+    def held(self, x: Tensor, dim: int) -> Tensor:
+        return self.axis.held(x, dim)
+
+    def place(self, frames: int) -> tuple[int, int]:
+        return self.axis.place(frames)
+
+    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+        # What padding does not add, nobody reads: forwards it comes last, and backwards a state of zeros passes through
+        # it, whatever its transitions. Branches lie one after another in the batch.
+        padding = self.padding.repeat(len(increment) // len(self.padding), 1)[..., None, None, None]
+        return self.axis.states(transition, increment.masked_fill(padding, 0))
+
+    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = self.padding.shape
+        # Frames outside a clip are zeros to a convolution.
+        return self.axis.around(x.masked_fill(self.padding.view(shape), 0), reach, function, dim)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+    ) -> Tensor:
+        assert real is None
+        return self.axis.attend(q, k, v, scale, dtype, self.tokens)
+
+
+def _of_each_clip(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor) -> Tensor:
+    # Not one call with a mask: the fastest backends take none, and this computes nothing of what is padded.
+    parts = []
+    for clip, count in enumerate(real.tolist()):
+        here = slice(clip, clip + 1), slice(count)
+        part = WHOLE_CLIP.attend(q[here], k[here], v[here], scale, dtype)
+        parts.append(F.pad(part, (0, 0, 0, 0, 0, q.shape[1] - count)))
+    return torch.cat(parts)
+
+
+_each_clip_alone: Any = torch.compiler.disable(_of_each_clip)  # lengths would each be compiled

@@ -23,7 +23,7 @@ from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttenti
 from longtake.model.dit.checkpointing import checkpointed
 from longtake.model.dit.feed_forward import GLUMBConvTemp
 from longtake.model.dit.positions import RotaryTable
-from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
+from longtake.model.dit.time_axis import WHOLE_CLIP, Padded, TimeAxis
 
 
 class PatchEmbed(nn.Module):
@@ -213,14 +213,17 @@ class WorldModel(nn.Module):
         camera: CameraFeatures | None = None,
         time_axis: TimeAxis = WHOLE_CLIP,
         camera_seen: Tensor | None = None,
+        frames: Tensor | None = None,
     ) -> Tensor:
         """Velocity noise - x0, (B, C, T, h, w) like `latents`.
 
         timestep (B, T) in [0, 1000]; text (B, L, D_text); text_mask (B, L), nonzero for real tokens. Where the time
         axis holds a stretch of the clip, latents, timestep and camera are that stretch's. camera_seen (B,): false for
-        clips that are to be as if they had no camera.
+        clips that are to be as if they had no camera. frames (B,), int64: how many latent frames of each whole clip are
+        real; the others are padding at its end, which changes nothing of the real ones and whose velocity means
+        nothing. On a GPU the host waits for them. ValueError where they do not fit.
         """
-        context = self.context(latents.shape[2:], text, text_mask, camera, time_axis, camera_seen)
+        context = self.context(latents.shape[2:], text, text_mask, camera, time_axis, camera_seen, frames=frames)
         return self.velocity(latents, timestep, context)
 
     def context(
@@ -232,11 +235,14 @@ class WorldModel(nn.Module):
         time_axis: TimeAxis = WHOLE_CLIP,
         camera_seen: Tensor | None = None,
         of_sample: bool = False,
+        frames: Tensor | None = None,
     ) -> Context:
         """What `velocity` reads of text and camera, for latents of a (T, h, w) grid; arguments as in `forward`.
 
         of_sample: for many steps, so keys and values of the text are computed here, once for all of them.
         """
+        if frames is not None:
+            time_axis = _padded(time_axis, frames.cpu(), tuple(grid), text)
         dtype = self.x_embedder.proj.weight.dtype
         y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
         rays = camera if self.config.reads_rays else None
@@ -276,3 +282,12 @@ class WorldModel(nn.Module):
             ray_from_world, world_from_ray = ray_matrices(camera.conditions.float(), grid[1], grid[2])
         rays = ray_from_world.flatten(1, 3), world_from_ray.flatten(1, 3)
         return Positions(frames, rope, camera_rope, *rays, time=time)
+
+
+def _padded(axis: TimeAxis, frames: Tensor, grid: tuple[int, ...], text: Tensor) -> TimeAxis:
+    """The axis of clips of which `frames` are real; the same one where all are."""
+    held, height, width = grid
+    _, whole = axis.place(held)
+    if frames.shape != (len(text),) or not 1 <= int(frames.min()) <= int(frames.max()) <= whole:
+        raise ValueError(f"frames must be one of 1 to {whole} for each of {len(text)} clips, not {frames.tolist()}")
+    return axis if bool((frames == whole).all()) else Padded(axis, frames, (held, height, width), text.device)

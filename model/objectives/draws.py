@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ class Draws:
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1), (B, *shape), float32."""
         return self._filled(Tensor.uniform_, shape)
+
+    def noise(self, shape: Sequence[int], frames: Tensor | None = None) -> Tensor:
+        """`normal` of shape (C, T, h, w); of a clip padded to T, its own `frames` (B,) as it draws them alone, then
+        zeros. The host waits for what `frames` says.
+        """
+        if frames is None:
+            return self.normal(*shape)
+        channels, _, *area = shape
+        out = torch.zeros(len(self._generators), *shape, device=self.device)
+        for clip, generator, count in zip(out.unbind(), self._generators, frames.tolist(), strict=True):
+            clip[:, :count] = torch.empty(channels, count, *area, device=self.device).normal_(generator=generator)
+        return out
 
     def _filled(self, fill: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
         out = torch.empty(len(self._generators), *shape, device=self.device)

@@ -25,7 +25,9 @@ class FlowObjective(Objective):
     image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves a
     clip's camera out. replace_gdn: weights to start from may have GDN in every block; those that are softmax
     attention here begin with the replaced ones' weights. A SANA-Video to start from has no text encoder: a small one
-    keeps its random weights. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L).
+    keeps its random weights. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L); and frames
+    int64 (B,) where clips are padded at their ends: how many latent frames of each are real. A clip's draws and its
+    loss, the mean over its real frames, are those of the clip alone.
 
     Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
     share times the number of stretches: its mean over the ranks is the clips' loss.
@@ -53,12 +55,12 @@ class FlowObjective(Objective):
         self.replace_gdn = replace_gdn
 
     def forward(self, batch: Batch, draws: Draws) -> Loss:
-        latents = batch["latents"].float()
+        latents, frames = batch["latents"].float(), batch.get("frames")
         sigma = training_sigma(draws.normal(), self.shift)
         keep_image = draws.uniform() < self.image_condition
         frame_sigma = sigma[:, None].repeat(1, latents.shape[2])
         frame_sigma[:, 0] *= ~keep_image
-        noise = draws.normal(*latents.shape[1:])
+        noise = draws.noise(latents.shape[1:], frames)
         level = frame_sigma[:, None, :, None, None]
         noisy = (1 - level) * latents + level * noise
         text, mask = self.encode_text(batch, draws)
@@ -66,11 +68,14 @@ class FlowObjective(Objective):
         axis, camera = self.time_axis, self.camera(batch)
         camera = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
         timestep = 1000 * axis.held(frame_sigma, 1)
-        velocity = self.world_model(axis.held(noisy, 2), timestep, text, mask, camera, axis, seen).float()
+        velocity = self.world_model(axis.held(noisy, 2), timestep, text, mask, camera, axis, seen, frames).float()
         error = (velocity - axis.held(noise - latents, 2)).square().mean((1, 3, 4))
         counted = torch.ones_like(frame_sigma)
         counted[:, 0] = (~keep_image).float()
-        per_clip = axis.stretches * (error * axis.held(counted, 1)).sum(1) / counted.sum(1)
+        if frames is not None:
+            counted *= torch.arange(latents.shape[2], device=frames.device) < frames[:, None]
+        # A clip of one frame, its image, has no loss.
+        per_clip = axis.stretches * (error * axis.held(counted, 1)).sum(1) / counted.sum(1).clamp(min=1)
         low, high = sigma < 0.6, sigma >= 0.9
         metrics = {
             "loss_low_sigma": (per_clip * low).sum() / low.sum().clamp(min=1),
@@ -98,7 +103,7 @@ class FlowObjective(Objective):
     def sample(self, batch: Batch, draws: Draws, num_steps: int | None = None) -> Tensor:
         """Latents (B, C, T, h, w) generated from each clip's first latent frame, caption and camera."""
         latents = batch["latents"].float()
-        start = draws.normal(*latents.shape[1:])
+        start = draws.noise(latents.shape[1:], batch.get("frames"))
         start[:, :, :1] = latents[:, :, :1]
         return self.denoise(
             batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift)
@@ -111,7 +116,8 @@ class FlowObjective(Objective):
         share = start.new_ones(len(start)) if highest is None else highest
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:  # by `sigmas`, of which a clip's are a share
-            return share[:, None, None, None, None] * self.world_model(x, share[:, None] * timestep, text, mask, camera)
+            inputs = x, share[:, None] * timestep, text, mask, camera
+            return share[:, None, None, None, None] * self.world_model(*inputs, frames=batch.get("frames"))
 
         return euler(velocity, start, sigmas, frozen_frames=1)
 

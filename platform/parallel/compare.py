@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longtake.model.camera import CameraFeatures, camera_features, parse_actions
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 from longtake.model.dit.world_model import WorldModel
 from longtake.platform.parallel.context import AttentionExchange, ContextParallel, even
 from longtake.platform.parallel.traffic import sent_in_a_block
@@ -29,15 +30,20 @@ _CLIPS, _AREA = 2, (2, 3)  # of the batch; rows and columns of its latent frames
 
 @dataclass(frozen=True)
 class Layout:
-    """`frames` latent frames on `ranks` processes, which need not divide evenly; `attention` as `ContextParallel`."""
+    """`frames` latent frames on `ranks` processes, which need not divide evenly; `attention` as `ContextParallel`.
+
+    real: how many frames of each of the batch's two clips are no padding; by default all.
+    """
 
     ranks: int
     frames: int
     attention: AttentionExchange = "heads"
+    real: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
-        return f"cp{self.ranks}_frames{self.frames}" + ("_ring" if self.attention == "ring" else "")
+        ring, padded = "_ring" if self.attention == "ring" else "", "_padded" if self.real else ""
+        return f"cp{self.ranks}_frames{self.frames}{ring}{padded}"
 
 
 class Traffic(NamedTuple):
@@ -71,9 +77,8 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
         arguments = (config, layout, device, folder)
         processes.start_processes(_on_a_rank, arguments, nprocs=layout.ranks, start_method="spawn")  # type: ignore[attr-defined]
         cut = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(layout.ranks)]
-    model, clip = _model_and_clip(config, layout.frames, device)
-    velocity = model(**clip)
-    loss = _loss(velocity, layout.frames)
+    model, clip = _model_and_clip(config, layout, device)
+    velocity, loss = _velocity_and_loss(model, clip, layout)
     loss.backward()
     gradients = _gradients(model)
     if gradients.keys() != cut[0]["gradients"].keys():
@@ -106,7 +111,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
     try:
-        model, clip = _model_and_clip(config, layout.frames, where)
+        model, clip = _model_and_clip(config, layout, where)
         axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
@@ -118,8 +123,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
 
         for block in model.blocks:
             block.register_forward_hook(note)
-        velocity = model(**clip, time_axis=axis)
-        loss = _loss(velocity, layout.frames)
+        velocity, loss = _velocity_and_loss(model, clip, layout, axis)
         loss.backward()
         gradients = _gradients(model)
         for shared in (loss.detach_(), *gradients.values()):
@@ -131,7 +135,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
 
 
 def _model_and_clip(
-    config: WorldModelConfig, frames: int, device: str | torch.device
+    config: WorldModelConfig, layout: Layout, device: str | torch.device
 ) -> tuple[WorldModel, dict[str, Any]]:
     """The same on every process: drawn on the CPU from one seed."""
     torch.backends.cudnn.allow_tf32 = False  # unlike matrix products, convolutions would round to it
@@ -139,6 +143,7 @@ def _model_and_clip(
     model = WorldModel(config)
     for parameter in model.parameters():  # what starts at zero would hide its neighbours
         parameter.data += 0.05 * torch.randn_like(parameter)
+    frames, real = layout.frames, layout.real
     half = (frames - 1) * config.vae_stride[0] // 2
     stride_h, stride_w = config.vae_stride[1:]
     size = _AREA[0] * stride_h, _AREA[1] * stride_w
@@ -151,13 +156,19 @@ def _model_and_clip(
         text=torch.randn(_CLIPS, config.text.length, config.text_dim).to(device),
         text_mask=torch.ones(_CLIPS, config.text.length, device=device),
         camera=CameraFeatures(camera.conditions.to(device), camera.plucker.to(device)),
+        frames=None if real is None else torch.tensor(real),
     )
     return model.to(device), clip
 
 
-def _loss(velocity: Tensor, frames: int) -> Tensor:
-    """A rank's share of a mean over the clip's frames."""
-    return velocity.square().mean((0, 1, 3, 4)).sum() / frames
+def _velocity_and_loss(
+    model: WorldModel, clip: dict[str, Any], layout: Layout, axis: TimeAxis = WHOLE_CLIP
+) -> tuple[Tensor, Tensor]:
+    """Velocity with zeros for padding, and a rank's share of its mean square over the clips' real frames."""
+    counts = torch.tensor(layout.real or [layout.frames] * _CLIPS)[:, None]
+    real = axis.held(torch.arange(layout.frames) < counts, 1).to(clip["latents"].device)
+    velocity = model(**clip, time_axis=axis) * real[:, None, :, None, None]
+    return velocity, (velocity.square().mean((1, 3, 4)) / counts.to(real.device)).sum()
 
 
 def _gradients(model: WorldModel) -> dict[str, Tensor]:

@@ -90,7 +90,9 @@ class ContextParallel(TimeAxis):
         end = min(last, self.firsts[rank] + self.counts[rank] + reach)
         return (start - first, end - start) if rank != holder and start < end else (0, 0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+    ) -> Tensor:
         batch, tokens, heads, channels = q.shape
         area = tokens // self.counts[self.rank]
         exact = dtype.itemsize > 1
@@ -99,12 +101,14 @@ class ContextParallel(TimeAxis):
         if self.attention == "ring":
             if not exact:
                 raise ValueError("ring attention is not computed in float8: exchange heads instead")
+            if real is not None:
+                raise ValueError("ring attention reads padding as if it were real: exchange heads instead")
             return ring_attention(self.peers, [area * count for count in self.counts], q, k, v, scale)
         mine = even(heads, self.stretches)
         qkv = torch.stack([q, k, v])
         shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
         q, k, v = torch.cat(self._exchange("attention", qkv.split(mine, dim=3), shapes), dim=2)
-        out = super().attend(q, k, v, scale, dtype)  # all tokens, some heads
+        out = super().attend(q, k, v, scale, dtype, real)  # all tokens, some heads
         shapes = [(batch, tokens, count, channels) for count in mine]
         parts = out.split([area * count for count in self.counts], dim=1)
         return torch.cat(self._exchange("attention", parts, shapes), dim=2)

@@ -6,6 +6,7 @@ before.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.latents import COLUMNS, LatentStore, decode_row
+from longtake.platform.data.latents import COLUMNS, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
 from longtake.platform.train.order import Mixture, Order, Share
@@ -81,11 +82,16 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray, path: str) -> None:
 
 @dataclass(frozen=True)
 class LatentSource:
-    """Encoded clips: latents float16, c2w, intrinsics, tokens int64 (B, L) and tokens_mask bool (B, L)."""
+    """Encoded clips: latents float16, c2w, intrinsics, tokens int64 (B, L) and tokens_mask bool (B, L).
+
+    padding: (latent frames, raw frames of each but the first) that clips are padded to; batches then have `frames`
+    int64 (B,), how many latent frames are real. ValueError for a longer clip.
+    """
 
     index: RowIndex
     order: Order
     text_length: int
+    padding: tuple[int, int] | None = None
 
     def batch(self, start: int, count: int) -> Arrays:
         return self.read(self.order.rows(start, count))
@@ -96,13 +102,34 @@ class LatentSource:
     def _read(self, rows: np.ndarray) -> Arrays:
         clips = [decode_row(row) for row in self.index.read(rows, COLUMNS)]
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
-        return {
+        frames = {}
+        if self.padding:
+            frames = {"frames": np.array([clip.latents.shape[1] for clip in clips])}
+            clips = [_padded(clip, *self.padding) for clip in clips]
+        return frames | {
             "latents": np.stack([clip.latents for clip in clips]),
             "c2w": np.stack([clip.c2w for clip in clips]),
             "intrinsics": np.stack([clip.intrinsics for clip in clips]),
             "tokens": tokens.numpy(),
             "tokens_mask": mask.numpy(),
         }
+
+
+def _padded(clip: EncodedClip, latent_frames: int, stride: int) -> EncodedClip:
+    """The clip with latent frames of zeros after its own, over which the camera stands still."""
+    found, raw = clip.latents.shape[1], len(clip.c2w)
+    if found > latent_frames or raw != stride * (found - 1) + 1:
+        raise ValueError(
+            f"{clip.key}: {found} latent frames from {raw} raw ones do not fit a stage of {latent_frames} from "
+            f"{stride * (latent_frames - 1) + 1}: set frames={raw} or more with --set, or leave the clip out"
+        )
+    missing = latent_frames - found
+    return dataclasses.replace(
+        clip,
+        latents=np.pad(clip.latents, ((0, 0), (0, missing), (0, 0), (0, 0))),
+        c2w=np.pad(clip.c2w, ((0, stride * missing), (0, 0), (0, 0)), mode="edge"),
+        intrinsics=np.pad(clip.intrinsics, ((0, stride * missing), (0, 0)), mode="edge"),
+    )
 
 
 @dataclass(frozen=True)
@@ -158,7 +185,8 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
         source = ClipSource(index, order, stage.window, config.image_size)
         source.batch(0, 1)
         return source
-    source = LatentSource(index, order, config.text.length)
+    padding = (config.latent_frames(stage.frames), config.vae_stride[0]) if stage.pad else None
+    source = LatentSource(index, order, config.text.length, padding)
     _check_latents(source, config, stage.frames)
     return source
 

@@ -203,7 +203,9 @@ class Worker:
             say("a step's gradients are not finite: it is left out, and counted as `skipped` in metrics.jsonl")
 
     def _clip_costs(self) -> tuple[float, float]:
-        """Latent tokens of a clip over the workers, and the seconds that it takes them at their peak; 0 if unknown."""
+        """Latent tokens of a clip, padded ones too, over the workers, and the seconds that they take at their peak; 0
+        if unknown.
+        """
         if self.stage.objective == "vae":
             return 0, 0
         from longtake.model.flops import forward_flops, peak_flops  # brings along the world model

@@ -55,7 +55,8 @@ def draw(objective: Objective, settings: Settings, device: torch.device) -> None
         if objective.samples_pixels:
             true, made = sample.chunk(2, dim=2)
         else:
-            true, made = _decode([batch["latents"], sample], settings)
+            real = slice(int(batch["frames"][0]) if stage.pad else None)
+            true, made = _decode([batch["latents"][:, :, real], sample[:, :, real]], settings)
     frames = {"true": true.cpu().numpy(), "made": made.cpu().numpy()}
     contact_sheet(folder / "sample.png", frames)
     write_video(folder / "sample.mp4", [np.concatenate(list(frames.values()), axis=2)], settings.config.fps)

@@ -21,9 +21,10 @@ Corpora = tuple[tuple[str, float], ...]  # stores that a stage draws from, each 
 class Stage:
     """One stage of training.
 
-    frames: raw frames of the clips (or of the clips that the latents encode). window: raw frames a sample of the VAE
-    stage. batch_size: clips (windows) a step over all workers; micro_batch_size: clips a forward pass of one worker,
-    None for as many as the batch gives each worker. steps: the most steps; a time limit may end the run before.
+    frames: raw frames of the clips (or of the clips that the latents encode). pad: clips that have fewer are padded; of
+    the flow objective. window: raw frames a sample of the VAE stage. batch_size: clips (windows) a step over all
+    workers; micro_batch_size: clips a forward pass of one worker, None for as many as the batch gives each worker.
+    steps: the most steps; a time limit may end the run before.
     warmup: steps. ema: decay of the weights' moving average, 0 for none. optimizer: "adamw", or "muon" (muon.py).
     options: keyword arguments of the objective. model: fields of the preset's configuration that this stage trains with
     other values. init_from: stages one of whose weights this one needs to start from.
@@ -46,6 +47,7 @@ class Stage:
     batch_size: int
     learning_rate: float
     steps: int
+    pad: bool = False
     window: int = 17
     micro_batch_size: int | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -91,6 +93,8 @@ class Stage:
             raise ValueError(f"{self.name}: context_parallel must be at least 1, and 1 where no clip can be cut")
         if self.attention_exchange not in ("heads", "ring"):
             raise ValueError(f"attention_exchange {self.attention_exchange!r} must be heads or ring")
+        if self.pad and (self.objective != "flow" or self.attention_exchange == "ring"):
+            raise ValueError(f"{self.name}: pad is for the flow objective, and for attention_exchange=heads")
         if self.offload and not self.zero_stage:
             raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3, or offload=False")
         if self.checkpoint_blocks and self.objective != "flow":

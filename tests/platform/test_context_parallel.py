@@ -22,7 +22,15 @@ CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_h
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     "layout",
-    [Layout(2, 7), Layout(3, 5), Layout(4, 5), Layout(2, 7, "ring"), Layout(4, 5, "ring")],
+    [
+        Layout(2, 7),
+        Layout(3, 5),
+        Layout(4, 5),
+        Layout(2, 7, "ring"),
+        Layout(4, 5, "ring"),
+        Layout(2, 7, real=(3, 6)),  # a rank with nothing but padding of the first clip
+        Layout(3, 5, real=(5, 1)),
+    ],
     ids=lambda layout: layout.name,
 )
 def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
@@ -44,11 +52,14 @@ def test_a_clip_cut_between_gpus_gives_the_same_gradients(attention: AttentionEx
 
 
 @pytest.mark.cpu
-def test_a_clip_of_fewer_frames_than_ranks_is_refused(tmp_path: Path):
+def test_what_cannot_be_shared_is_refused(tmp_path: Path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="0 latent frames cannot be cut into 1 stretches"):
             ContextParallel(0)
+        qkv = [torch.zeros(1, 4, 1, 8)] * 3
+        with pytest.raises(ValueError, match="reads padding as if it were real: exchange heads"):
+            ContextParallel(2, attention="ring").attend(*qkv, scale=1, dtype=torch.float32, real=torch.tensor([2]))
     finally:
         dist.destroy_process_group()
 

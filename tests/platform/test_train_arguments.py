@@ -28,6 +28,7 @@ pytestmark = pytest.mark.cpu
         (["--data", "latents=2"], "is given twice"),
         (["--init", "."], "neither a run nor a weights folder"),
         (["--set", "offload=True"], "offload is ZeRO's"),
+        (["--set", "pad=True", "--set", "attention_exchange=ring"], "pad is for .* attention_exchange=heads"),
         (["--set", "model.camera_branches=rays"], "camera_branches 'rays' must be one of both, plucker, ucpe, none"),
         (["--set", "checkpoint_blocks=True"], "exclude each other: set compile=default"),
         (["--set", "optimizer=muon", "--set", "zero_stage=2"], "zero_stage=0"),
