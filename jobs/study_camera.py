@@ -1,4 +1,4 @@
-"""Train the world model with none, one or both of its camera branches, and measure how well each follows the camera.
+"""Train the world model with none, one or both of its camera branches, and compare what they follow.
 
 Every kind has the same latents, seed and number of steps, from random weights, with the preset's softmax blocks: a run
 of stage 1, one a GPU at once. Then `evaluate-worlds` measures it on a store of fans. Figures go to

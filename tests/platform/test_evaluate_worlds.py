@@ -50,14 +50,14 @@ def test_psnr_is_that_of_the_definition():
 
 
 def test_errors_of_a_path_are_seen_from_its_first_frame():
-    forwards, turning = (parse_actions(text, image_size=(64, 96)).c2w.numpy() for text in ("w-16", "right-16"))
-    elsewhere = turning[-1] @ forwards
-    assert path_errors(forwards, elsewhere) == pytest.approx((0, 0), abs=1e-3)
-    angle, distance = path_errors(forwards, turning)
-    ends = np.linalg.inv(turning[0]) @ turning
-    angles = np.degrees(np.arccos(((np.trace(ends[:, :3, :3], axis1=1, axis2=2) - 1) / 2).clip(-1, 1)))
-    assert angle == pytest.approx(angles.mean(), rel=1e-3) and angle > 1
-    assert distance == pytest.approx(np.linalg.norm(forwards[:, :3, 3] - forwards[0, :3, 3], axis=1).mean(), rel=1e-3)
+    still, moved = (np.tile(np.eye(4, dtype=np.float32), (5, 1, 1)) for _ in range(2))
+    turns = np.radians([0.0, 3, 6, 9, 12])
+    moved[:, 0, 0] = moved[:, 2, 2] = np.cos(turns)
+    moved[:, 0, 2] = np.sin(turns)
+    moved[:, 2, 0] = -np.sin(turns)
+    moved[:, :3, 3] = np.arange(5)[:, None] * np.float32([0.3, 0, 0.4])
+    assert path_errors(still, moved) == pytest.approx((6, 1), abs=1e-3)
+    assert path_errors(moved, moved[3] @ moved) == pytest.approx((0, 0), abs=1e-3)
 
 
 def test_fans_are_sorted_by_number():
