@@ -57,7 +57,7 @@ def test_errors_of_a_path_are_seen_from_its_first_frame():
     moved[:, 2, 0] = -np.sin(turns)
     moved[:, :3, 3] = np.arange(5)[:, None] * np.float32([0.3, 0, 0.4])
     assert path_errors(still, moved) == pytest.approx((6, 1), abs=1e-3)
-    assert path_errors(moved, moved[3] @ moved) == pytest.approx((0, 0), abs=1e-3)
+    assert path_errors(moved, moved[3] @ moved) == pytest.approx((0, 0), abs=1e-2)
 
 
 def test_fans_are_sorted_by_number():
