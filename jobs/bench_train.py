@@ -1,8 +1,8 @@
 """Time a stage's training steps over any number of workers, on random latents.
 
-As a run would take them, through Ray Train and DeepSpeed, but nothing is saved. Captions go through a small encoder of
-as wide features as the preset's. A layout is WORKERSxSHARINGxFRAMES: so many processes, one a GPU, of which so many
-share a clip of so many latent frames, one clip at a time. What one worker does comes before what it is compared with.
+As a run would take them, through Ray Train and DeepSpeed, but nothing is saved. A layout is WORKERSxSHARINGxFRAMES: so
+many processes, one a GPU, of which so many share a clip of so many latent frames, one clip at a time. What one worker
+does comes before what it is compared with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from typing import NamedTuple
 
 from longtake.model import presets
-from longtake.model.config import TextConfig, WorldModelConfig
+from longtake.model.config import WorldModelConfig
 from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe import measurements
@@ -50,9 +50,6 @@ def main(argv: list[str] | None = None) -> None:
     layouts = [_layout(text) for text in args.layouts]
     chosen = [_stage(args, config, layout) for layout in layouts]
     config = dataclasses.replace(config, **chosen[0].model)
-    if config.text.kind != "bytes":
-        text = TextConfig(kind="bytes", length=config.text.length, dim=config.text_dim, depth=1)
-        config = dataclasses.replace(config, text=text)
     if args.dry_run:
         print(json.dumps([dataclasses.asdict(stage) for stage in chosen], indent=2))
         return

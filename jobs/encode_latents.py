@@ -1,4 +1,7 @@
-"""Encode clips into latents with a trained autoencoder, in parallel; run it again to resume."""
+"""Encode clips into latents with a trained autoencoder, in parallel; run it again to resume.
+
+Captions of a preset with a frozen text encoder become its features here, once.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from longtake.model import presets, weights
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import check_folder
 from longtake.model.vae import build_vae, encode_frames
+from longtake.platform.data.captions import CaptionEncoder, check_encoder
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.data.store import SCHEMA, ClipStore, decode_clip
@@ -38,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.weights} holds no autoencoder: give the run of stage0_vae with --weights")
     config = weights.config_for(config, Path(folder))
     check_folder(config, Path(folder), ["vae"])
+    if config.text.kind == "gemma":
+        check_encoder(Path(folder))
     if args.dry_run:
         print(json.dumps(vars(args) | {"weights": folder}, indent=2))
         return
@@ -74,7 +80,10 @@ def encode(
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
     open_with(f"{store.uri}/{shards[0]}.parquet", SCHEMA.names)
-    LatentStore(latents).claim({"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")})
+    encoding = {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")}
+    if config.text.kind == "gemma":
+        encoding["text"] = _digest(Path(folder) / "text_encoder")
+    LatentStore(latents).claim(encoding)
     done = set(LatentStore(latents).shards())
     left = [name for name in shards if name not in done]
     if not left:
@@ -110,6 +119,7 @@ class ShardEncoder:
         self.config, self.frames, self.batch = config, frames, batch
         self.clips, self.latents, self.folder = ClipStore(clips), LatentStore(latents), Path(folder)
         self._vae: Any = None
+        self._captions: CaptionEncoder | None = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
@@ -126,6 +136,9 @@ class ShardEncoder:
         for name in map(str, rows["shard"]):
             with self.clips.reading(name):
                 encoded = list(self.encode(name))
+            if self.config.text.kind == "gemma":
+                self._captions = self._captions or CaptionEncoder(self.config, self.folder, self.device)
+                encoded = list(self._captions(encoded))
             self.latents.write_shard(name, encoded)
             counts.append(len(encoded))
         return {"shard": rows["shard"], "clips": np.array(counts)}

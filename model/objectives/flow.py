@@ -25,8 +25,9 @@ class FlowObjective(Objective):
     image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves a
     clip's camera out. replace_gdn: weights to start from may have GDN in every block; those that are softmax
     attention here begin with the replaced ones' weights. A SANA-Video to start from has no text encoder: a small one
-    keeps its random weights. batch: latents, c2w, intrinsics, tokens int64 (B, L), tokens_mask bool (B, L); and frames
-    int64 (B,) where clips are padded at their ends: how many latent frames of each are real. A clip's draws and its
+    keeps its random weights. batch: latents, c2w, intrinsics, tokens_mask bool (B, L) with tokens int64
+    (B, L), or, of a frozen encoder, text float16 (B, L, D); and frames int64 (B,) where clips are padded at their ends:
+    how many latent frames of each are real. A clip's draws and its
     loss, the mean over its real frames, are those of the clip alone.
 
     Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
@@ -45,7 +46,7 @@ class FlowObjective(Objective):
         super().__init__()
         self.config = config
         self.world_model = WorldModel(config)
-        self.text = build_text_encoder(config)
+        self.text = build_text_encoder(config) if config.text.kind == "bytes" else None
         self.image_condition, self.caption_dropout, self.camera_dropout = (
             image_condition,
             caption_dropout,
@@ -92,7 +93,7 @@ class FlowObjective(Objective):
     def encode_text(self, batch: Batch, draws: Draws | None = None) -> tuple[Tensor, Tensor]:
         """Caption features and mask, a random part of them replaced by the null caption."""
         mask = batch["tokens_mask"]
-        text = self.text(batch["tokens"], mask)
+        text = batch["text"].float() if self.text is None else self.text(batch["tokens"], mask)
         if draws is None:
             return text, mask
         drop = draws.uniform() < self.caption_dropout
@@ -123,7 +124,8 @@ class FlowObjective(Objective):
 
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         weights.save_part(self.world_model, folder, "dit", dtype)
-        weights.save_part(self.text, folder, "text", dtype)
+        if self.text is not None:
+            weights.save_part(self.text, folder, "text", dtype)
 
     def load(self, folder: Path) -> None:
         if video := sana_video.find(folder):
@@ -135,7 +137,8 @@ class FlowObjective(Objective):
             self.world_model.start_from_gdn(gdn)
         else:
             weights.load_part(self.world_model, folder, "dit")
-        weights.load_part(self.text, folder, "text")
+        if self.text is not None:
+            weights.load_part(self.text, folder, "text")
 
 
 OBJECTIVE = FlowObjective

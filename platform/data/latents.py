@@ -2,7 +2,8 @@
 
 One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian: latents float16, its
 shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32 (F, 4), pixels. F raw
-frames give T = (F - 1) / 8 + 1.
+frames give T = (F - 1) / 8 + 1. Where a frozen encoder read the caption, `text` has its features, float16
+(n, text_dim); stores of before have no such columns.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ _SCHEMA = pa.schema(
         ("fps", pa.float32()),
         ("split", pa.string()),
         ("licence", pa.string()),
+        ("text", pa.binary()),
+        ("text_dim", pa.int32()),
     ]
 )
-COLUMNS = _SCHEMA.names
+TEXT = ["text", "text_dim"]
+COLUMNS = [name for name in _SCHEMA.names if name not in TEXT]
 _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep random access cheap
 
 
 @dataclass
 class EncodedClip:
-    """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels."""
+    """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels.
+
+    text: features float16 (n, D) of the caption's n tokens, if a frozen encoder has read it.
+    """
 
     key: str
     latents: np.ndarray
@@ -48,6 +55,7 @@ class EncodedClip:
     fps: float = 16.0
     split: str = "train"
     licence: str = ""
+    text: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         frames = len(self.c2w)
@@ -71,11 +79,14 @@ class EncodedClip:
             "fps": self.fps,
             "split": self.split,
             "licence": self.licence,
+            "text": None if self.text is None else np.ascontiguousarray(self.text, np.float16).tobytes(),
+            "text_dim": None if self.text is None else self.text.shape[1],
         }
 
 
 def decode_row(row: dict[str, Any]) -> EncodedClip:
     """The inverse of `EncodedClip.row`; the arrays are read-only views of the row's bytes."""
+    text = row.get("text")
     return EncodedClip(
         key=row["key"],
         latents=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
@@ -85,6 +96,7 @@ def decode_row(row: dict[str, Any]) -> EncodedClip:
         fps=row["fps"],
         split=row["split"],
         licence=row["licence"],
+        text=None if text is None else np.frombuffer(text, np.float16).reshape(-1, row["text_dim"]),
     )
 
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.latents import COLUMNS, EncodedClip, LatentStore, decode_row
+from longtake.platform.data.captions import padded
+from longtake.platform.data.latents import COLUMNS, TEXT, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
 from longtake.platform.train.order import Mixture, Order, Share
@@ -82,8 +83,10 @@ def _decode_jpeg(data: np.ndarray, out: np.ndarray, path: str) -> None:
 
 @dataclass(frozen=True)
 class LatentSource:
-    """Encoded clips: latents float16, c2w, intrinsics, tokens int64 (B, L) and tokens_mask bool (B, L).
+    """Encoded clips: latents float16, c2w, intrinsics; of captions, tokens int64 (B, L) for an encoder that is trained,
+    or the features of a frozen one, text float16 (B, L, D), and of either tokens_mask bool (B, L).
 
+    features: whether a frozen encoder's are read. ValueError for a clip that has none.
     padding: (latent frames, raw frames of each but the first) that clips are padded to; batches then have `frames`
     int64 (B,), how many latent frames are real. ValueError for a longer clip.
     """
@@ -92,6 +95,7 @@ class LatentSource:
     order: Order
     text_length: int
     padding: tuple[int, int] | None = None
+    features: bool = False
 
     def batch(self, start: int, count: int) -> Arrays:
         return self.read(self.order.rows(start, count))
@@ -100,8 +104,7 @@ class LatentSource:
         return self.index.whole(rows, lambda rows, _: self._read(rows))
 
     def _read(self, rows: np.ndarray) -> Arrays:
-        clips = [decode_row(row) for row in self.index.read(rows, COLUMNS)]
-        tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
+        clips = [decode_row(row) for row in self.index.read(rows, COLUMNS + TEXT * self.features)]
         frames = {}
         if self.padding:
             frames = {"frames": np.array([clip.latents.shape[1] for clip in clips])}
@@ -110,9 +113,17 @@ class LatentSource:
             "latents": np.stack([clip.latents for clip in clips]),
             "c2w": np.stack([clip.c2w for clip in clips]),
             "intrinsics": np.stack([clip.intrinsics for clip in clips]),
-            "tokens": tokens.numpy(),
-            "tokens_mask": mask.numpy(),
+            **self._captions(clips),
         }
+
+    def _captions(self, clips: list[EncodedClip]) -> Arrays:
+        if self.features:
+            texts = [clip.text for clip in clips if clip.text is not None]
+            if len(texts) < len(clips):
+                raise ValueError("a clip's caption has no features: encode it again with encode-latents")
+            return dict(zip(("text", "tokens_mask"), padded(texts, self.text_length), strict=True))
+        tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
+        return {"tokens": tokens.numpy(), "tokens_mask": mask.numpy()}
 
 
 def _padded(clip: EncodedClip, latent_frames: int, stride: int) -> EncodedClip:
@@ -186,7 +197,10 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
         source.batch(0, 1)
         return source
     padding = (config.latent_frames(stage.frames), config.vae_stride[0]) if stage.pad else None
-    source = LatentSource(index, order, config.text.length, padding)
+    features = config.text.kind == "gemma"
+    if features and TEXT[0] not in index.stored:
+        raise ValueError(f"{uri} holds no features of captions, which preset {config.name!r} reads: encode it again")
+    source = LatentSource(index, order, config.text.length, padding, features)
     _check_latents(source, config, stage.frames)
     return source
 

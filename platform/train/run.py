@@ -67,7 +67,7 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         init = {part: folder for part, folder in init.items() if part == "vae"}
         if stage.options.get("freeze_encoder") and not init:
             raise ValueError("freeze_encoder trains the decoder of an autoencoder that exists: give it with --init")
-    if init.get("dit") != init.get("text") and not video:
+    if config.text.kind == "bytes" and init.get("dit") != init.get("text") and not video:
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
     if stage.init_from and "dit" not in init:
         raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")

@@ -55,7 +55,7 @@ def test_errors_of_a_path_are_seen_from_its_first_frame():
     moved[:, 0, 0] = moved[:, 2, 2] = np.cos(turns)
     moved[:, 0, 2] = np.sin(turns)
     moved[:, 2, 0] = -np.sin(turns)
-    moved[:, :3, 3] = np.arange(5)[:, None] * np.float32([0.3, 0, 0.4])
+    moved[:, :3, 3] = np.arange(5)[:, None] * np.array([0.3, 0, 0.4], np.float32)
     assert path_errors(still, moved) == pytest.approx((6, 1), abs=1e-3)
     assert path_errors(moved, moved[3] @ moved) == pytest.approx((0, 0), abs=1e-2)
 
