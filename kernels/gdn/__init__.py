@@ -8,6 +8,7 @@ multiplied in it; states are float32 always.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,26 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
     return reference.bidirectional_states(transition, increment)
 
 
-def run_maps(transition: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
-    """Frames 0 ... t as one map, see `reference.run_maps`."""
-    return reference.run_maps(transition, increment, scan_states)
+def carry(
+    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+) -> tuple[list[Tensor], Tensor]:
+    """Both scans with their starts and ends, for who has a backward pass of their own: see `reference.carry`."""
+    with torch.cuda.device_of(transition):
+        return _scans(transition).carry(transition, increment, start, adjoint, keep)
+
+
+def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients that go with `carry`: see `reference.to_maps`."""
+    with torch.cuda.device_of(start):
+        return _scans(start).to_maps(start, states, adjoints)
+
+
+def _scans(x: Tensor) -> Any:
+    if not fused(x):
+        return reference
+    from longtake.kernels.gdn import triton_scan
+
+    return triton_scan
 
 
 def read(

@@ -12,7 +12,7 @@ so a run of frames is an affine map M -> M A + U of the state, and two such maps
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +119,44 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
     both = scan_states(torch.cat([transition, steps]), torch.cat([increment, after]))
     forward, backward = both.chunk(2)
     return forward + backward.flip(1)
+
+
+def carry(
+    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+) -> tuple[list[Tensor], Tensor]:
+    """Both scans of `bidirectional_states`, each from its `start`: the state after every frame, forwards; the one
+    before every frame's map, backwards; and the two that are left at the end.
+
+    transition (B, T, H, D, D), increment (B, T, H, V, D), start (2, B, H, R, D). Of R > V rows, the last have no
+    increments. adjoint: from `increment`, the gradient of their sum, and `start`, that of the end: each scan's gradient
+    of the increments, and that of the start. keep: without it, the end alone. No gradient flows through this.
+    """
+    a = transition.transpose(-1, -2) if adjoint else transition
+    u = F.pad(increment, (0, 0, 0, start.shape[-2] - increment.shape[-2]))
+    frames, kept, ends = range(increment.shape[1]), [], []
+    for direction, state in enumerate(start.unbind()):
+        after: list[Tensor] = []
+        forwards = (direction == 0) != adjoint
+        for t in frames if forwards else reversed(frames):
+            if adjoint and direction == 0:  # a state holds its frame's increment
+                after.append(state + u[:, t])
+                state = after[-1] @ a[:, t]
+            elif direction == 0:
+                state = state @ a[:, t] + u[:, t]
+                after.append(state)
+            else:
+                after.append(state)
+                state = state @ a[:, t] + u[:, t]
+        kept.append(torch.stack(after if forwards else after[::-1], 1))
+        ends.append(state)
+    return kept if keep else [], torch.stack(ends)
+
+
+def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of transition and increment from what `carry` made of them and of the states' gradients."""
+    before = torch.cat([start[0][:, None], states[0][:, :-1]], 1)
+    d_transition = before.transpose(-1, -2) @ adjoints[0] + states[1].transpose(-1, -2) @ adjoints[1]
+    return d_transition, adjoints[0] + adjoints[1]
 
 
 def read_states(q: Tensor, states: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Rows of the state are independent, so a head is cut into blocks of rows; both di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ _PRECISION = "tf32x3"
 @triton.jit
 def _carry(
     transition_ptr, increment_ptr, state, out_ptr, first, head, heads, frames, r, d, ROWS: tl.constexpr,
-    D: tl.constexpr, REVERSED: tl.constexpr, TRANSPOSED: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr,
+    ADDED: tl.constexpr, D: tl.constexpr, REVERSED: tl.constexpr, TRANSPOSED: tl.constexpr, READ: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Move `state` through the frames. Of every frame is stored, by READ: the state "after" its map; "before" it; or
-    the state after its increment was "added" and before its transition.
+    """Move `state` through the frames; of its ROWS the first ADDED get increments. If KEEP, of every frame is stored,
+    by READ: the state "after" its map; "before" it; or the state after its increment was "added" and before its
+    transition.
     """
     square = (d < D)[:, None] & (d < D)[None, :]
     here = (r < ROWS)[:, None] & (d < D)[None, :]
@@ -37,17 +40,18 @@ def _carry(
             a = tl.load(transition_ptr + at * D * D + d[None, :] * D + d[:, None], square, 0.0)
         else:
             a = tl.load(transition_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
-        u = tl.load(increment_ptr + at * ROWS * D + r[:, None] * D + d[None, :], here, 0.0)
+        u = tl.load(increment_ptr + at * ADDED * D + r[:, None] * D + d[None, :], here & (r < ADDED)[:, None], 0.0)
         to = out_ptr + at * ROWS * D + r[:, None] * D + d[None, :]
         if READ == "added":
             state += u
-            tl.store(to, state, here)
+            if KEEP:
+                tl.store(to, state, here)
             state = tl.dot(state, a, input_precision=PRECISION)
         else:
-            if READ == "before":
+            if KEEP and READ == "before":
                 tl.store(to, state, here)
             state = tl.dot(state, a, u, input_precision=PRECISION)
-            if READ == "after":
+            if KEEP and READ == "after":
                 tl.store(to, state, here)
     return state
 
@@ -63,43 +67,49 @@ def _one_way(
     here = (r < ROWS)[:, None] & (d < D)[None, :]
     edge = (clip * heads + head) * ROWS * D + r[:, None] * D + d[None, :]
     state = tl.load(start_ptr + edge, here, 0.0)
-    state = _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, D,
-                   REVERSED, TRANSPOSED, READ, PRECISION)  # fmt: skip
+    state = _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, ROWS,
+                   D, REVERSED, TRANSPOSED, READ, True, PRECISION)  # fmt: skip
     tl.store(end_ptr + edge, state, here)
 
 
 @triton.jit
 def _both_ways(
-    transition_ptr, increment_ptr, forward_ptr, backward_ptr, frames, heads, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    transition_ptr, increment_ptr, start_ptr, forward_ptr, backward_ptr, end_ptr, clips, frames, heads,
+    ROWS: tl.constexpr, ADDED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    ADJOINT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """States: forwards after each frame, backwards before it. GRADIENT: what those states' gradients are to the
+    """States: forwards after each frame, backwards before it. ADJOINT: what those states' gradients are to the
     increments, each in its scan's opposite direction.
     """
     clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    state = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    here = (r < ROWS)[:, None] & (d < D)[None, :]
+    edge = ((tl.program_id(2) * clips + clip) * heads + head) * ROWS * D + r[:, None] * D + d[None, :]
+    state = tl.load(start_ptr + edge, here, 0.0)
     first = clip * frames
     if tl.program_id(2) == 0:
-        _carry(transition_ptr, increment_ptr, state, forward_ptr, first, head, heads, frames, r, d, ROWS, D,
-               GRADIENT, GRADIENT, "added" if GRADIENT else "after", PRECISION)  # fmt: skip
+        state = _carry(transition_ptr, increment_ptr, state, forward_ptr, first, head, heads, frames, r, d, ROWS, ADDED,
+                       D, ADJOINT, ADJOINT, "added" if ADJOINT else "after", KEEP, PRECISION)  # fmt: skip
     else:
-        _carry(transition_ptr, increment_ptr, state, backward_ptr, first, head, heads, frames, r, d, ROWS, D,
-               not GRADIENT, GRADIENT, "before", PRECISION)  # fmt: skip
+        state = _carry(transition_ptr, increment_ptr, state, backward_ptr, first, head, heads, frames, r, d, ROWS,
+                       ADDED, D, not ADJOINT, ADJOINT, "before", KEEP, PRECISION)  # fmt: skip
+    tl.store(end_ptr + edge, state, here)
 
 
 @triton.jit
 def _to_maps(
-    forwards_ptr, backwards_ptr, to_forwards_ptr, to_backwards_ptr, d_transition_ptr, d_increment_ptr, frames, heads,
-    ROWS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    start_ptr, forwards_ptr, backwards_ptr, to_forwards_ptr, to_backwards_ptr, d_transition_ptr, d_increment_ptr,
+    frames, heads, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the two scans' gradients to a frame's. Its transition moved the state before it: of the frames before, and
-    of the frames after.
+    of the frames after; the first frame's is what the forward scan starts from.
     """
     frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     at = frame * heads + head
     earlier = (frame % frames > 0) & (r < BLOCK_R)
+    edge = (frame // frames * heads + head) * ROWS * D
     total = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     for first in range(0, ROWS, BLOCK_R):
         inside = (first + r < ROWS)[:, None] & (d < D)[None, :]
@@ -108,6 +118,8 @@ def _to_maps(
         to_backwards = tl.load(to_backwards_ptr + here, inside, 0.0)
         tl.store(d_increment_ptr + here, to_forwards + to_backwards, inside)
         before = tl.load(forwards_ptr + here - heads * ROWS * D, inside & earlier[:, None], 0.0)
+        start = start_ptr + edge + (first + r)[:, None] * D + d[None, :]
+        before += tl.load(start, inside & (frame % frames == 0), 0.0)
         total = tl.dot(tl.trans(before), to_forwards, total, input_precision=PRECISION)
         after = tl.load(backwards_ptr + here, inside, 0.0)
         total = tl.dot(tl.trans(after), to_backwards, total, input_precision=PRECISION)
@@ -152,31 +164,44 @@ class BidirectionalStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, transition: Tensor, increment: Tensor) -> Tensor:
         transition, increment = transition.contiguous(), increment.contiguous()
-        forwards, backwards = torch.empty_like(increment), torch.empty_like(increment)
-        _both_ways[*_grid(increment), 2](
-            transition, increment, forwards, backwards, *_layout(increment), False, _PRECISION, num_warps=_WARPS,
-            num_stages=_stages(increment),
-        )  # fmt: skip
-        ctx.save_for_backward(transition, forwards, backwards)
-        return forwards + backwards
+        start = torch.zeros_like(increment[None, :, 0]).expand(2, -1, -1, -1, -1)
+        states, _ = carry(transition, increment, start)
+        ctx.save_for_backward(transition, start, *states)
+        return states[0] + states[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_states: Tensor) -> Any:  # type: ignore[override]
-        transition, forwards, backwards = ctx.saved_tensors
-        d_states = d_states.contiguous()
-        to_forwards, to_backwards = torch.empty_like(d_states), torch.empty_like(d_states)
-        _both_ways[*_grid(d_states), 2](
-            transition, d_states, to_forwards, to_backwards, *_layout(d_states), True, _PRECISION, num_warps=_WARPS,
-            num_stages=_stages(d_states),
-        )  # fmt: skip
-        d_transition, d_increment = torch.empty_like(transition), torch.empty_like(d_states)
-        b, t, h = d_states.shape[:3]
-        _to_maps[b * t, h](
-            forwards, backwards, to_forwards, to_backwards, d_transition, d_increment, *_layout(d_states), _PRECISION,
-            num_warps=8, num_stages=2,
-        )  # fmt: skip
-        return d_transition, d_increment
+        transition, start, *states = ctx.saved_tensors
+        adjoints, _ = carry(transition, d_states, start, adjoint=True)
+        return to_maps(start, states, adjoints)
+
+
+def carry(
+    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+) -> tuple[list[Tensor], Tensor]:
+    """See `reference.carry`."""
+    transition, increment, start = transition.contiguous(), increment.contiguous(), start.float().contiguous()
+    b, t, h, added, d = increment.shape
+    rows = start.shape[-2]
+    states = [torch.empty_like(increment) for _ in range(2)] if keep else []
+    end = torch.empty_like(start)
+    _both_ways[triton.cdiv(rows, _ROWS), b * h, 2](
+        transition, increment, start, *(states or [end, end]), end, b, t, h, rows, added, d, _ROWS, padded(d), adjoint,
+        keep, _PRECISION, num_warps=_WARPS, num_stages=_stages(increment),
+    )  # fmt: skip
+    return states, end
+
+
+def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `reference.to_maps`."""
+    b, t, h, _, d = states[0].shape
+    d_transition, d_increment = states[0].new_empty(b, t, h, d, d), torch.empty_like(states[0])
+    _to_maps[b * t, h](
+        start[0].contiguous(), *states, *adjoints, d_transition, d_increment, *_layout(d_increment), _PRECISION,
+        num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return d_transition, d_increment
 
 
 def _grid(increment: Tensor) -> tuple[int, int]:

@@ -66,6 +66,13 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj["fc2"](F.gelu(self.y_proj["fc1"](text), approximate="tanh"))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its input: under autocast, torch has no fused one for weights of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class CrossAttention(nn.Module):
     """Every token attends to the text: its features (B, L, C), or their keys and values. mask (B, L) bool."""
 
@@ -77,7 +84,7 @@ class CrossAttention(nn.Module):
             nn.Linear(size, 2 * size),
             nn.Linear(size, size),
         )
-        self.q_norm, self.k_norm = nn.RMSNorm(size, 1e-6), nn.RMSNorm(size, 1e-6)
+        self.q_norm, self.k_norm = RMSNorm(size, 1e-6), RMSNorm(size, 1e-6)
 
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, L, D) each."""
@@ -167,7 +174,7 @@ class WorldModel(nn.Module):
         self.t_embedder = TimestepEmbedder(size)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(size, 6 * size))
         self.y_embedder = CaptionEmbedder(config.text.length, config.text_dim, size)
-        self.attention_y_norm = nn.RMSNorm(size, 1e-5)
+        self.attention_y_norm = RMSNorm(size, 1e-5)
         self.plucker_embedder = PatchEmbed(config.plucker_channels, size)
         self.raymap_embedder = PatchEmbed(3, size)  # of the public checkpoints; Pluecker maps took its place
         every = config.softmax_every

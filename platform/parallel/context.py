@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longtake.kernels.gdn import run_maps
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.platform.parallel.peers import Peers
 from longtake.platform.parallel.ring import ring_attention
+from longtake.platform.parallel.scan import shared_scan
 
 AttentionExchange = Literal["heads", "ring"]
 
@@ -51,24 +51,7 @@ class ContextParallel(TimeAxis):
         return self.firsts[self.rank], sum(self.counts)
 
     def states(self, transition: Tensor, increment: Tensor) -> Tensor:
-        both = torch.cat([transition, transition.flip(1)]), torch.cat([increment, increment.flip(1)])
-        through, since = run_maps(*both)
-        d, rows = through.shape[-1], since.shape[-2]
-        # Later ranks continue from here forwards, earlier ones backwards.
-        forwards, backwards = torch.cat([through[:, -1], since[:, -1]], dim=-2).chunk(2)
-        parts = [forwards if rank > self.rank else backwards for rank in range(self.stretches)]
-        maps = [
-            part.split([d, rows], dim=-2) for part in self._exchange("states", parts, [forwards.shape] * self.stretches)
-        ]
-        past, future = torch.zeros_like(since[:, 0]).chunk(2)
-        for a, u in maps[: self.rank]:
-            past = past @ a + u
-        for a, u in reversed(maps[self.rank + 1 :]):
-            future = future @ a + u
-        before = torch.cat([past, future])[:, None]
-        forward, backward = (before @ through + since).chunk(2)
-        # Backwards, a frame reads what later frames left, without itself.
-        return forward + torch.cat([future[:, None], backward[:, :-1]], 1).flip(1)
+        return shared_scan(self.peers, transition, increment)
 
     def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
         parts, shapes = [], []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.kernels.gdn import reference, triton_maps
+from longtake.kernels.gdn import reference, triton_maps, triton_scan
 from longtake.kernels.gdn.triton_maps import FrameMaps
 from longtake.kernels.gdn.triton_read import ReadStates
 from longtake.kernels.gdn.triton_scan import BidirectionalStates, ScanStates
@@ -83,6 +83,25 @@ def test_both_directions(device, sizes):
     maps = [x.detach().requires_grad_() for x in reference.frame_maps(*inputs)]
     found = BidirectionalStates.apply(*maps)
     same(found, reference.bidirectional_states(*maps), maps, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_both_directions_from_states_of_their_own(device, sizes, adjoint):
+    _, *inputs = tensors(sizes, torch.float32, device)
+    transition, increment = (x.detach() for x in reference.frame_maps(*inputs))
+    b, _, _, h, d, v = sizes
+    start, further = (torch.randn(2, b, h, rows, d, device=device) for rows in (v, v + d))
+    for state, keep in ((start, True), (further, False)):  # of the further rows none has increments
+        true, true_end = reference.carry(transition, increment, state, adjoint, keep)
+        found, end = triton_scan.carry(transition, increment, state, adjoint, keep)
+        assert len(found) == len(true) == 2 * keep
+        assert all(
+            error(*pair) < TOLERANCE[torch.float32] for pair in zip([*found, end], [*true, true_end], strict=True)
+        )
+    states, _ = reference.carry(transition, increment, start)
+    gradients = zip(*(scan.to_maps(start, states, states[::-1]) for scan in (triton_scan, reference)), strict=True)
+    assert all(error(*pair) < TOLERANCE[torch.float32] for pair in gradients)
 
 
 @pytest.mark.parametrize("normalised", [True, False])
