@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import tempfile
+from collections import Counter
 from typing import NamedTuple
 
 from longtake.model import presets
@@ -20,8 +22,7 @@ from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
-from longtake.platform.parallel.context import even
-from longtake.platform.parallel.traffic import sent_in_a_block
+from longtake.platform.parallel.traffic import Shared, account
 from longtake.platform.train import log, run, stages
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     config = presets.get(args.preset)
     layouts = [_layout(text) for text in args.layouts]
     chosen = [_stage(args, config, layout) for layout in layouts]
-    config = dataclasses.replace(config, **chosen[0].model)
+    config = run.configured(config, chosen[0])
     if args.dry_run:
         print(json.dumps([dataclasses.asdict(stage) for stage in chosen], indent=2))
         return
@@ -123,25 +124,19 @@ def _speed(settings: Settings, layout: Layout) -> dict[str, float]:
 
 def _traffic(settings: Settings, layout: Layout) -> tuple[dict[str, float], list[str]]:
     """The most bytes that a rank sends in the forward pass of a block, and where the maths says otherwise."""
-    config = settings.config
-    counts = even(layout.frames, layout.sharing)
-    heads = even(config.num_heads, layout.sharing) if settings.stage.attention_exchange == "heads" else None
-    tokens = config.latent_size[0] * config.latent_size[1]
+    config, exchange = settings.config, settings.stage.attention_exchange
     figures: dict[str, float] = {}
     wrong: list[str] = []
     for rank in range(layout.workers if layout.sharing > 1 else 0):
         noted = json.loads((settings.folder / f"sent_{rank}.json").read_text())
-        for block, counted in enumerate(noted["sent"], start=1):
-            softmax = config.softmax_every > 0 and block % config.softmax_every == 0
-            kind = "softmax" if softmax else "gdn"
-            expected = sent_in_a_block(
-                config, counts, heads, rank % layout.sharing, 1, tokens, softmax, noted["itemsize"]
-            )
-            if counted != expected:
-                where = f"{layout.name}: {kind} block {block} of rank {rank}"
-                wrong.append(f"{where} sends {counted}, by platform/parallel/traffic.py {expected}")
-            name = f"bytes_per_layer_{kind}_{layout.name}"
-            figures[name] = max(figures.get(name, 0), sum(counted.values()))
+        shared = Shared(layout.frames, layout.sharing, exchange, 1, math.prod(config.latent_size), noted["itemsize"])
+        totals: Counter[str] = Counter()
+        for sent in dict.fromkeys(account(config, shared, rank % layout.sharing, noted["sent"])):
+            totals[f"bytes_per_layer_{sent.kind}_{layout.name}"] += sent.counted
+            if sent.counted != sent.expected:
+                where = f"{layout.name}: {sent.what} of {sent.kind} blocks, rank {rank}"
+                wrong.append(f"{where}: {sent.counted} bytes, by platform/parallel/traffic.py {sent.expected}")
+        figures |= {name: max(total, figures.get(name, 0)) for name, total in totals.items()}
     return figures, wrong
 
 

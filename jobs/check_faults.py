@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         data = ((f"s3://{BUCKET}/latents", 1.0),)
         for name, planned in RUNS.items():
             stage = chain[planned.stage]
-            config = dataclasses.replace(preset, **stage.model)
+            config = run.configured(preset, stage)
             init = find_parts([f"{folder}/{planned.after}"]) if planned.after else {}
             chosen = Settings(stage, config, data, f"{folder}/{name}", init)
             losses[name] = _final_loss(chosen, planned.fault and planned.fault(store, chosen.folder))

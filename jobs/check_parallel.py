@@ -15,8 +15,9 @@ from longtake.model import presets
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.parallel.compare import LIMIT, Layout, Traffic, compare
+from longtake.platform.parallel.compare import LIMIT, Layout, compare
 from longtake.platform.parallel.context import AttentionExchange
+from longtake.platform.parallel.traffic import Traffic
 
 
 def main(argv: list[str] | None = None) -> None:

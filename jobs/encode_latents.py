@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{args.weights} holds no autoencoder: give the run of stage0_vae with --weights")
     config = weights.config_for(config, Path(folder))
     check_folder(config, Path(folder), ["vae"])
-    if config.text.kind == "gemma":
+    if config.text.frozen:
         check_encoder(Path(folder))
     if args.dry_run:
         print(json.dumps(vars(args) | {"weights": folder}, indent=2))
@@ -81,7 +81,7 @@ def encode(
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
     open_with(f"{store.uri}/{shards[0]}.parquet", SCHEMA.names)
     encoding = {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")}
-    if config.text.kind == "gemma":
+    if config.text.frozen:
         encoding["text"] = _digest(Path(folder) / "text_encoder")
     LatentStore(latents).claim(encoding)
     done = set(LatentStore(latents).shards())
@@ -136,7 +136,7 @@ class ShardEncoder:
         for name in map(str, rows["shard"]):
             with self.clips.reading(name):
                 encoded = list(self.encode(name))
-            if self.config.text.kind == "gemma":
+            if self.config.text.frozen:
                 self._captions = self._captions or CaptionEncoder(self.config, self.folder, self.device)
                 encoded = list(self._captions(encoded))
             self.latents.write_shard(name, encoded)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.frames < 1 or (args.frames - 1) % stride or args.shard < 1:
         raise ValueError(f"--frames {args.frames} must be {stride} k + 1, and --shard {args.shard} at least 1")
     if args.text:
-        if config.text.kind != "gemma":
+        if not config.text.frozen:
             raise ValueError(f"--text: preset {args.preset!r} trains its own text encoder")
         check_encoder(args.text)
     zips = pairs(Path(args.data), Path(args.cache))

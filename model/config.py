@@ -43,6 +43,11 @@ class TextConfig:
     prefix: str = ""
     pretrained: str = ""
 
+    @property
+    def frozen(self) -> bool:
+        """Whether training reads stored features of captions, instead of training the encoder along."""
+        return self.kind == "gemma"
+
 
 @dataclass(frozen=True)
 class RefinerConfig:

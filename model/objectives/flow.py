@@ -46,7 +46,7 @@ class FlowObjective(Objective):
         super().__init__()
         self.config = config
         self.world_model = WorldModel(config)
-        self.text = build_text_encoder(config) if config.text.kind == "bytes" else None
+        self.text = None if config.text.frozen else build_text_encoder(config)
         self.image_condition, self.caption_dropout, self.camera_dropout = (
             image_condition,
             caption_dropout,

@@ -38,7 +38,7 @@ def check_encoder(folder: Path) -> None:
             raise ValueError(f"{folder} has no {name}: this preset's captions are encoded by Gemma-2, give its folder")
 
 
-def padded(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+def batched(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Features (B, length, D) float16, zeros behind each clip's own, and their mask (B, length) bool."""
     out = np.zeros((len(texts), length, texts[0].shape[1]), np.float16)
     mask = np.zeros((len(texts), length), bool)

@@ -21,5 +21,5 @@ def write_random(store: LatentStore, config: WorldModelConfig, frames: int, clip
     pinholes = np.tile(np.array([width, width, width / 2, height / 2], np.float32), (frames, 1))
     for number in range(clips):
         latents = rng.normal(size=shape).astype(np.float16)
-        features = rng.normal(size=(32, config.text_dim)).astype(np.float16) if config.text.kind == "gemma" else None
+        features = rng.normal(size=(32, config.text_dim)).astype(np.float16) if config.text.frozen else None
         store.write_shard(f"{number:04d}", [EncodedClip(f"{number}", latents, poses, pinholes, "noise", text=features)])

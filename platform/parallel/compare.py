@@ -7,10 +7,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,8 @@ from longtake.model.camera import CameraFeatures, camera_features, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 from longtake.model.dit.world_model import WorldModel
-from longtake.platform.parallel.context import AttentionExchange, ContextParallel, even
-from longtake.platform.parallel.traffic import sent_in_a_block
+from longtake.platform.parallel.context import AttentionExchange, ContextParallel
+from longtake.platform.parallel.traffic import Shared, Traffic, account
 
 LIMIT = 1e-5  # of relative errors in float32
 _CLIPS, _AREA = 2, (2, 3)  # of the batch; rows and columns of its latent frames
@@ -44,16 +43,6 @@ class Layout:
     def name(self) -> str:
         ring, padded = "_ring" if self.attention == "ring" else "", "_padded" if self.real else ""
         return f"cp{self.ranks}_frames{self.frames}{ring}{padded}"
-
-
-class Traffic(NamedTuple):
-    """Bytes that `rank` sends for `what` in the forward pass of a block, counted and by the maths of traffic.py."""
-
-    kind: Literal["gdn", "softmax"]
-    what: str
-    rank: int
-    counted: int
-    expected: int
 
 
 @dataclass(frozen=True)
@@ -88,19 +77,9 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
         "loss": _error(cut[0]["loss"], loss),
         "gradient": max(_error(cut[0]["gradients"][name], gradient) for name, gradient in gradients.items()),
     }
-    traffic = (found for rank, each in enumerate(cut) for found in _traffic(config, layout, rank, each["sent"]))
+    shared = Shared(layout.frames, layout.ranks, layout.attention, _CLIPS, math.prod(_AREA))
+    traffic = (found for rank, each in enumerate(cut) for found in account(config, shared, rank, each["sent"]))
     return Comparison(errors, list(dict.fromkeys(traffic)))
-
-
-def _traffic(config: WorldModelConfig, layout: Layout, rank: int, sent: list[dict[str, int]]) -> Iterator[Traffic]:
-    """sent: by `rank`, in each block."""
-    counts = even(layout.frames, layout.ranks)
-    heads = even(config.num_heads, layout.ranks) if layout.attention == "heads" else None
-    for block, counted in enumerate(sent, start=1):
-        softmax = config.softmax_every > 0 and block % config.softmax_every == 0
-        expected = sent_in_a_block(config, counts, heads, rank, _CLIPS, math.prod(_AREA), softmax)
-        for what in expected | counted:
-            yield Traffic("softmax" if softmax else "gdn", what, rank, counted.get(what, 0), expected.get(what, 0))
 
 
 def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str, folder: str) -> None:
@@ -115,14 +94,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
         axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
-        sent: list[dict[str, int]] = []
-
-        def note(*_: Any) -> None:
-            sent.append(dict(axis.peers.sent))
-            axis.peers.sent.clear()
-
-        for block in model.blocks:
-            block.register_forward_hook(note)
+        sent = axis.peers.noting([*model.blocks])
         velocity, loss = _velocity_and_loss(model, clip, layout, axis)
         loss.backward()
         gradients = _gradients(model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Peers:
@@ -41,3 +42,17 @@ class Peers:
         for work in self.start(what, sends, {peer: received[peer] for peer in others}):
             work.wait()
         return tuple(received)
+
+    def noting(self, blocks: Sequence[nn.Module]) -> list[dict[str, int]]:
+        """A list that will hold what each of the blocks sent in its first forward pass, `sent` anew for each."""
+        found: list[dict[str, int]] = []
+
+        def note(*_: Any) -> None:
+            found.append(dict(self.sent))
+            self.sent.clear()
+            if len(found) == len(hooks):
+                for hook in hooks:
+                    hook.remove()
+
+        hooks = [block.register_forward_hook(note) for block in blocks]
+        return found

@@ -18,9 +18,46 @@ Gradients go back over the same ways; in a ring, keys and values go round once m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from longtake.model.config import WorldModelConfig
+from longtake.platform.parallel.context import AttentionExchange, even
+
+
+class Shared(NamedTuple):
+    """`clips` clips of `frames` latent frames of `tokens` each, on `ranks` ranks, in numbers of `itemsize` bytes."""
+
+    frames: int
+    ranks: int
+    attention: AttentionExchange
+    clips: int
+    tokens: int
+    itemsize: int = 4
+
+
+class Traffic(NamedTuple):
+    """Bytes that `rank` sends for `what` in the forward pass of a block, counted and by the maths."""
+
+    kind: Literal["gdn", "softmax"]
+    what: str
+    rank: int
+    counted: int
+    expected: int
+
+
+def account(
+    config: WorldModelConfig, shared: Shared, rank: int, sent: Sequence[Mapping[str, int]]
+) -> Iterator[Traffic]:
+    """What `rank` has `sent` in each block, beside the maths."""
+    counts = even(shared.frames, shared.ranks)
+    heads = even(config.num_heads, shared.ranks) if shared.attention == "heads" else None
+    for block, counted in enumerate(sent, start=1):
+        softmax = config.softmax_every > 0 and block % config.softmax_every == 0
+        amounts = shared.clips, shared.tokens, softmax, shared.itemsize
+        expected = sent_in_a_block(config, counts, heads, rank, *amounts)
+        for what in {**expected, **counted}:
+            yield Traffic("softmax" if softmax else "gdn", what, rank, counted.get(what, 0), expected.get(what, 0))
 
 
 def sent_in_a_block(

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.captions import padded
+from longtake.platform.data.captions import batched
 from longtake.platform.data.latents import COLUMNS, TEXT, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
@@ -121,7 +121,7 @@ class LatentSource:
             texts = [clip.text for clip in clips if clip.text is not None]
             if len(texts) < len(clips):
                 raise ValueError("a clip's caption has no features: encode it again with encode-latents")
-            return dict(zip(("text", "tokens_mask"), padded(texts, self.text_length), strict=True))
+            return dict(zip(("text", "tokens_mask"), batched(texts, self.text_length), strict=True))
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
         return {"tokens": tokens.numpy(), "tokens_mask": mask.numpy()}
 
@@ -197,10 +197,9 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
         source.batch(0, 1)
         return source
     padding = (config.latent_frames(stage.frames), config.vae_stride[0]) if stage.pad else None
-    features = config.text.kind == "gemma"
-    if features and TEXT[0] not in index.stored:
+    if config.text.frozen and TEXT[0] not in index.stored:
         raise ValueError(f"{uri} holds no features of captions, which preset {config.name!r} reads: encode it again")
-    source = LatentSource(index, order, config.text.length, padding, features)
+    source = LatentSource(index, order, config.text.length, padding, config.text.frozen)
     _check_latents(source, config, stage.frames)
     return source
 

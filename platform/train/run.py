@@ -46,7 +46,7 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
     """The run that the arguments describe. ValueError for whatever can be known to be wrong before it starts."""
     preset = presets.get(args.preset)
     stage = stages.override(stages.get(name, args.preset), args.set)
-    config = _config(preset, stage)
+    config = configured(preset, stage)
     if args.steps is not None:
         stage = dataclasses.replace(stage, steps=args.steps)
     workers = stage.context_parallel if args.workers is None else args.workers
@@ -67,7 +67,7 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         init = {part: folder for part, folder in init.items() if part == "vae"}
         if stage.options.get("freeze_encoder") and not init:
             raise ValueError("freeze_encoder trains the decoder of an autoencoder that exists: give it with --init")
-    if config.text.kind == "bytes" and init.get("dit") != init.get("text") and not video:
+    if not config.text.frozen and init.get("dit") != init.get("text") and not video:
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
     if stage.init_from and "dit" not in init:
         raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")
@@ -99,8 +99,8 @@ def _corpora(given: list[str]) -> Corpora:
     return tuple(corpora.items())
 
 
-def _config(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
-    """The preset as the stage trains it."""
+def configured(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
+    """The preset as the stage trains it. ValueError for a field that a model does not have."""
     unknown = set(stage.model) - {field.name for field in dataclasses.fields(preset)}
     if unknown:
         raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from longtake.platform.parallel.context import ContextParallel
 from longtake.platform.train.feed import Source
@@ -20,9 +18,15 @@ def timed(settings: Settings, source: Source) -> None:
     what they were for, and of how many bytes a number is in the dtype that it computes in.
     """
     worker = _Timed(settings, source)
-    worker.note_traffic()
+    axis, sent = worker.objective.time_axis, None
+    if isinstance(axis, ContextParallel):
+        sent = axis.peers.noting([*worker.objective.get_submodule("world_model.blocks").children()])
     worker.run()
     worker.close()
+    if sent is not None:
+        itemsize = 2 if worker.device.type == "cuda" and settings.stage.dtype == "bfloat16" else 4
+        noted = {"itemsize": itemsize, "sent": sent}
+        Path(settings.folder, f"sent_{worker.rank}.json").write_text(json.dumps(noted))
 
 
 class _Timed(Worker):
@@ -31,22 +35,3 @@ class _Timed(Worker):
 
     def _write_results(self) -> None:
         pass
-
-    def note_traffic(self) -> None:
-        axis = self.objective.time_axis
-        if not isinstance(axis, ContextParallel):
-            return
-        blocks = self.objective.get_submodule("world_model.blocks")
-        sent: list[Counter[str]] = []
-        itemsize = 2 if self.device.type == "cuda" and self.stage.dtype == "bfloat16" else 4
-        noted = {"itemsize": itemsize, "sent": sent}
-
-        def note(*_: Any) -> None:
-            sent.append(Counter(axis.peers.sent))
-            axis.peers.sent.clear()
-            if len(sent) == len(hooks):
-                for hook in hooks:
-                    hook.remove()
-                Path(self.settings.folder, f"sent_{self.rank}.json").write_text(json.dumps(noted))
-
-        hooks = [block.register_forward_hook(note) for block in blocks.children()]

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from longtake.jobs import check_parallel
 from longtake.model import presets
-from longtake.platform.parallel.compare import LIMIT, Comparison, Layout, Traffic, compare
+from longtake.platform.parallel.compare import LIMIT, Comparison, Layout, compare
 from longtake.platform.parallel.context import AttentionExchange, ContextParallel
-from longtake.platform.parallel.traffic import sent_in_a_block
+from longtake.platform.parallel.traffic import Traffic, sent_in_a_block
 
 CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_heads=3)
 
