@@ -306,10 +306,10 @@ def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
 
 def test_a_machines_notice_saves_the_step_that_was_reached(ray_cluster, tmp_path):
     latents = make_latents(tmp_path / "latents")
-    noticed = settings(latents, tmp_path / "noticed", "stage1_gdn", steps=60, checkpoint_minutes=0, workers=2)
+    noticed = settings(latents, tmp_path / "noticed", "stage1_gdn", steps=200, checkpoint_minutes=0, workers=2)
     fit(tmp_path / "ray", [noticed], workers=2, notice=tmp_path / "notice")
     steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "noticed/checkpoints").iterdir())
-    assert len(steps) == 2 and 0 < steps[0] < steps[1] == 60
+    assert len(steps) == 2 and 0 < steps[0] < steps[1] == 200
 
 
 def test_two_workers_average_and_export_the_same_weights(runs):
