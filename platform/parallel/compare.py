@@ -94,6 +94,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
         axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
+        model.checkpoint_blocks = True  # unlike the one process
         sent = axis.peers.noting([*model.blocks])
         velocity, loss = _velocity_and_loss(model, clip, layout, axis)
         loss.backward()

@@ -8,12 +8,14 @@ rank's share of the clip's, a parameter's gradients sum to the clip's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.platform.parallel.peers import Peers
@@ -21,6 +23,7 @@ from longtake.platform.parallel.ring import ring_attention
 from longtake.platform.parallel.scan import shared_scan
 
 AttentionExchange = Literal["heads", "ring"]
+_eager: Any = torch.compiler.disable  # compiled blocks are cut here
 
 
 class ContextParallel(TimeAxis):
@@ -54,17 +57,35 @@ class ContextParallel(TimeAxis):
         return shared_scan(self.peers, transition, increment)
 
     def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
-        parts, shapes = [], []
-        for rank in range(self.stretches):
-            start, length = self._reached_by(rank, self.rank, reach)
-            parts.append(x.narrow(dim, start, length))
-            shape = list(x.shape)
-            shape[dim] = self._reached_by(self.rank, rank, reach)[1]
-            shapes.append(shape)
-        received = self._exchange("halo", parts, shapes)
-        received[self.rank] = x
-        y = function(torch.cat(received, dim))
-        return y.narrow(dim, sum(part.shape[dim] for part in received[: self.rank]), x.shape[dim])
+        before = sum(self._reached_by(self.rank, holder, reach)[1] for holder in range(self.rank))
+        return function(self._with_neighbours(x, reach, dim)).narrow(dim, before, x.shape[dim])
+
+    @_eager
+    def _with_neighbours(self, x: Tensor, reach: int, dim: int) -> Tensor:
+        """x between the frames `dim` of other ranks that its own reach."""
+        ranks = range(self.stretches)
+        reached = [self._reached_by(rank, self.rank, reach) for rank in ranks]  # here
+        reaching = [self._reached_by(self.rank, rank, reach)[1] for rank in ranks]
+
+        def swapped(gives: list[Tensor], counts: list[int]) -> list[Tensor]:
+            takes = [x.new_empty([*x.shape[:dim], count, *x.shape[dim + 1 :]]) for count in counts]
+            gives[self.rank] = takes[self.rank]  # of none
+            self.peers.swap("halo", [[give] for give in gives], [[take] for take in takes])
+            return takes
+
+        def there(x: Tensor) -> tuple[Tensor]:
+            received = swapped([x.narrow(dim, *frames) for frames in reached], reaching)
+            received[self.rank] = x
+            return (torch.cat(received, dim),)
+
+        def back(gradient: Tensor) -> tuple[Tensor]:
+            parts = list(gradient.split([*reaching[: self.rank], x.shape[dim], *reaching[self.rank + 1 :]], dim))
+            own = parts[self.rank].clone()
+            for frames, part in zip(reached, swapped(parts, [count for _, count in reached]), strict=True):
+                own.narrow(dim, *frames).add_(part)
+            return (own,)
+
+        return _Exchange.apply(there, back, x)[0]  # type: ignore[index]
 
     def _reached_by(self, rank: int, holder: int, reach: int) -> tuple[int, int]:
         """Which frames of `holder` lie within `reach` of the stretch of `rank`: (first within holder's, count)."""
@@ -73,6 +94,7 @@ class ContextParallel(TimeAxis):
         end = min(last, self.firsts[rank] + self.counts[rank] + reach)
         return (start - first, end - start) if rank != holder and start < end else (0, 0)
 
+    @_eager
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
     ) -> Tensor:
@@ -87,34 +109,39 @@ class ContextParallel(TimeAxis):
             if real is not None:
                 raise ValueError("ring attention reads padding as if it were real: exchange heads instead")
             return ring_attention(self.peers, [area * count for count in self.counts], q, k, v, scale)
-        mine = even(heads, self.stretches)
-        qkv = torch.stack([q, k, v])
-        shapes = [(3, batch, area * count, mine[self.rank], channels) for count in self.counts]
-        q, k, v = torch.cat(self._exchange("attention", qkv.split(mine, dim=3), shapes), dim=2)
+        shares = even(heads, self.stretches), [area * count for count in self.counts]
+        to_heads, to_tokens = partial(self._resharded, *shares, 2, 1), partial(self._resharded, *shares[::-1], 1, 2)
+        q, k, v = _Exchange.apply(to_heads, to_tokens, q, k, v)  # type: ignore[misc]
         out = super().attend(q, k, v, scale, dtype, real)  # all tokens, some heads
-        shapes = [(batch, tokens, count, channels) for count in mine]
-        parts = out.split([area * count for count in self.counts], dim=1)
-        return torch.cat(self._exchange("attention", parts, shapes), dim=2)
+        return _Exchange.apply(to_tokens, to_heads, out)[0]  # type: ignore[index]
 
-    def _exchange(self, what: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Give parts[r] to rank r, and get from it a tensor of shapes[r]."""
-        return list(_exchanged(self.peers, what, shapes, *parts))
+    def _resharded(self, cuts: list[int], joins: list[int], cut: int, join: int, *xs: Tensor) -> tuple[Tensor, ...]:
+        """Of each x, all that is cut along one dimension, of which each rank gets its share, and joined along another,
+        of which each has had its share.
+        """
+        results = []
+        for x in xs:
+            shape = list(x.shape)
+            shape[cut], shape[join] = cuts[self.rank], sum(joins)
+            results.append(x.new_empty(shape))
+        gives = zip(*(x.split(cuts, cut) for x in xs), strict=True)
+        takes = zip(*(result.split(joins, join) for result in results), strict=True)
+        self.peers.swap("attention", list(gives), list(takes))
+        return tuple(results)
 
 
 class _Exchange(torch.autograd.Function):
-    """Every rank's part for every other; gradients go back to where the part came from."""
+    """`there`, which is linear in the tensors, with its transpose `back`."""
 
     @staticmethod
-    def forward(ctx: Any, peers: Peers, what: str, shapes: Sequence[Sequence[int]], *parts: Tensor) -> Any:
-        ctx.peers, ctx.what, ctx.shapes = peers, what, [part.shape for part in parts]
-        return peers.swap(what, parts, shapes)
+    def forward(ctx: Any, there: Callable[..., Any], back: Callable[..., Any], *tensors: Tensor) -> Any:
+        ctx.back = back
+        return there(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None, None, *ctx.peers.swap(ctx.what, gradients, ctx.shapes)
-
-
-_exchanged: Any = torch.compiler.disable(_Exchange.apply)  # compiled blocks are cut here
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *ctx.back(*gradients)
 
 
 def own_clip(frames: int, ranks: int, attention: AttentionExchange = "heads") -> ContextParallel:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -20,28 +21,35 @@ class Peers:
         self.group, self.rank, self.count = group, dist.get_rank(group), dist.get_world_size(group)
         self.sent: Counter[str] = Counter()
 
-    def start(self, what: str, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> list[dist.Work]:
-        """Begin to send to and receive from other ranks, into the tensors given; wait for what is returned, and keep
+    def start(
+        self, what: str, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]
+    ) -> list[dist.Work]:
+        """Begin to send tensors to ranks, and to receive into tensors from ranks; wait for what is returned, and keep
         the tensors until then. Every rank calls it in the same order; empty tensors are not sent.
         """
-        self.sent[what] += sum(tensor.nbytes for tensor in sends.values())
+        self.sent[what] += sum(tensor.nbytes for _, tensor in sends)
         transfers = [
             dist.P2POp(operation, tensor, group=self.group, group_peer=peer)
             for operation, tensors in ((dist.isend, sends), (dist.irecv, receives))
-            for peer, tensor in tensors.items()
+            for peer, tensor in tensors
             if tensor.numel()
         ]
         return dist.batch_isend_irecv(transfers) if transfers else []
 
-    def swap(self, what: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """Give parts[r] to rank r, and get from it a tensor of shapes[r]; one's own part is copied."""
-        received = [parts[0].new_empty(shape) for shape in shapes]
-        received[self.rank] = parts[self.rank].clone()
+    def swap(self, what: str, gives: Sequence[Sequence[Tensor]], takes: Sequence[Sequence[Tensor]]) -> None:
+        """Copy gives[r] to rank r, into those takes, of the same shapes, that it has for this rank."""
         others = [peer for peer in range(self.count) if peer != self.rank]
-        sends = {peer: parts[peer].contiguous() for peer in others}
-        for work in self.start(what, sends, {peer: received[peer] for peer in others}):
-            work.wait()
-        return tuple(received)
+        # What travels is contiguous.
+        sends = [(peer, tensor.contiguous()) for peer in others for tensor in gives[peer]]
+        landing = [(peer, tensor, _contiguous(tensor)) for peer in others for tensor in takes[peer]]
+        transfers = self.start(what, sends, [(peer, arriving) for peer, _, arriving in landing])
+        for give, take in zip(gives[self.rank], takes[self.rank], strict=True):
+            take.copy_(give)
+        for transfer in transfers:
+            transfer.wait()
+        for _, take, arriving in landing:
+            if arriving is not take:
+                take.copy_(arriving)
 
     def noting(self, blocks: Sequence[nn.Module]) -> list[dict[str, int]]:
         """A list that will hold what each of the blocks sent in its first forward pass, `sent` anew for each."""
@@ -56,3 +64,8 @@ class Peers:
 
         hooks = [block.register_forward_hook(note) for block in blocks]
         return found
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, or one like it, that is contiguous."""
+    return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)

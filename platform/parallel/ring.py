@@ -79,7 +79,7 @@ class _Passing:
         shape = list(block.shape)
         shape[2] = tokens[(before - step) % peers.count]
         self.block, self.arriving = block, block.new_empty(shape)
-        self.transfers = peers.start("attention", {after: block}, {before: self.arriving})
+        self.transfers = peers.start("attention", [(after, block)], [(before, self.arriving)])
 
     def wait(self) -> Tensor:
         for transfer in self.transfers:

@@ -9,7 +9,6 @@ Legend: B batch, T frames of this rank, H heads, V rows of a state, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,21 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longtake.kernels.gdn import carry, to_maps
+from longtake.model.dit.checkpointing import once
 from longtake.platform.parallel.peers import Peers
 
 
 class _SharedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, peers: Peers, transition: Tensor, increment: Tensor) -> Tensor:
-        rows, d = increment.shape[-2:]
-        identity = torch.eye(rows + d, d, device=increment.device).roll(rows, 0)
-        _, maps = carry(
-            transition, increment, identity.expand(2, len(increment), increment.shape[2], -1, -1), keep=False
-        )
-        start = _folded(peers, maps[..., rows:, :], maps[..., :rows, :])
+        through, start = once(lambda: _stretch(peers, transition, increment))
         states, _ = carry(transition, increment, start)
         ctx.peers = peers
-        ctx.save_for_backward(transition, maps[..., rows:, :], start, *states)
+        ctx.save_for_backward(transition, through, start, *states)
         return states[0] + states[1]
 
     @staticmethod
@@ -45,20 +40,30 @@ class _SharedScan(torch.autograd.Function):
         return None, *to_maps(start, states, adjoints)
 
 
+def _stretch(peers: Peers, transition: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank's stretch applies to a state that passes it, (2, B, H, D, D), and its scans' starts."""
+    rows, d = increment.shape[-2:]
+    identity = torch.eye(rows + d, d, device=increment.device).roll(rows, 0)
+    _, maps = carry(transition, increment, identity.expand(2, len(increment), increment.shape[2], -1, -1), keep=False)
+    through = maps[..., rows:, :].contiguous()
+    return through, _folded(peers, through, maps[..., :rows, :])
+
+
 def _folded(peers: Peers, through: Tensor, since: Tensor) -> Tensor:
     """States (2, B, H, V, D) with which this rank's scans start: forwards what the earlier ranks' maps make of zeros,
     backwards what the later ranks' do. The own maps: through (2, B, H, D, D), since (2, B, H, V, D).
     """
     rows = since.shape[-2]
     forwards, backwards = torch.cat([since, through], dim=-2).unbind()
-    parts = [forwards if rank > peers.rank else backwards for rank in range(peers.count)]
-    maps = peers.swap("states", parts, [forwards.shape] * peers.count)
+    maps = forwards.new_empty(peers.count, *forwards.shape)
+    gives = [[forwards if rank > peers.rank else backwards] for rank in range(peers.count)]
+    peers.swap("states", gives, [[each] for each in maps])
     return torch.stack(
-        [_applied(maps[: peers.rank], since[0], rows), _applied(maps[: peers.rank : -1], since[1], rows)]
+        [_applied(maps[: peers.rank], since[0], rows), _applied(maps[peers.rank + 1 :].flip(0), since[1], rows)]
     )
 
 
-def _applied(maps: Sequence[Tensor], like: Tensor, rows: int) -> Tensor:
+def _applied(maps: Tensor, like: Tensor, rows: int) -> Tensor:
     state = torch.zeros_like(like)
     for each in maps:
         state = state @ each[..., rows:, :] + each[..., :rows, :]

@@ -96,7 +96,8 @@ class Worker:
             "train_micro_batch_size_per_gpu": self.micro,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": stage.grad_clip if stage.zero_stage else 0.0,
-            "zero_optimization": {"stage": stage.zero_stage},
+            # Gradients are summed while the ones before them are computed.
+            "zero_optimization": {"stage": stage.zero_stage, "overlap_comm": self.device.type == "cuda"},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 30,
         }

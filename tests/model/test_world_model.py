@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longtake.model.camera import CameraFeatures
+from longtake.model.dit.checkpointing import checkpointed, once
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.parity import CASES
 
@@ -47,3 +48,16 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(config):
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain is recomputed is None or torch.equal(plain, recomputed)
+
+
+def test_what_is_computed_once_is_kept_until_the_backward_pass():
+    factors = [2.0, 3.0]
+
+    def block(x):
+        return (x * once(lambda: (torch.tensor(factors.pop(0)), None))[0]).exp()
+
+    x = torch.ones(1, requires_grad=True)
+    checkpointed(block, x).backward()
+    assert factors == [3.0]
+    torch.testing.assert_close(x.grad, 2 * torch.full((1,), 2.0).exp())
+    assert block(torch.ones(1)) == torch.full((1,), 3.0).exp()
