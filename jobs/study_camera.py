@@ -2,7 +2,8 @@
 
 Every kind has the same latents, seed and number of steps, from random weights, with the preset's softmax blocks: a run
 of stage 1, one a GPU at once. Then `evaluate-worlds` measures it on a store of fans. Figures go to
-docs/measurements/ablation_PRESET; run again, it goes on where it was cut short.
+docs/measurements/ablation_PRESET; run again, it goes on where it was cut short. Runs that were trained elsewhere, by
+the commands that --dry-run prints, are measured with --trained.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from longtake.platform.evaluate.identification import fans
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.store.files import refuse_url
+from longtake.platform.train import log
 
 KINDS = get_args(CameraBranches)
 _MEASURES = {
@@ -47,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(json.dumps(plans, indent=2))
         return
+    if args.trained:
+        _check_trained(args)
     gpus = torch.cuda.device_count()
 
     def studied(number: int) -> dict[str, float]:
@@ -54,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         train, evaluate = plans[kind]
         environment = dict(os.environ, CUDA_VISIBLE_DEVICES=str(number % gpus)) if gpus else dict(os.environ)
         environment.pop("RAY_ADDRESS", None)
-        _run(train, environment)
+        if not args.trained:
+            _run(train, environment)
         into = args.runs / kind / "weights" / autoencoder.name
         shutil.copytree(autoencoder, into, dirs_exist_ok=True)
         measured, _ = json.JSONDecoder().raw_decode(_run(evaluate, environment))
@@ -84,6 +89,15 @@ def _evaluation(args: argparse.Namespace, kind: str) -> list[str]:
     return [*command, *measured, "--only-with-camera", "--out", str(args.runs / kind / "videos"), "--no-write"]
 
 
+def _check_trained(args: argparse.Namespace) -> None:
+    """ValueError unless every kind's run has made all its steps and left weights."""
+    for kind in KINDS:
+        folder, records = args.runs / kind, log.read(args.runs / kind)
+        steps = records[-1]["step"] if records else 0
+        if steps != args.steps or not (folder / "weights").is_dir():
+            raise ValueError(f"--trained: {folder} needs weights and metrics of {args.steps} steps: it has {steps}")
+
+
 def _run(command: list[str], environment: dict[str, str]) -> str:
     """What the job printed, run in a process of its own. ValueError with its last words when it fails."""
     longtake = [sys.executable, "-c", "from longtake.platform.cli import main; main()"]
@@ -104,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3000, help="of each run (default: %(default)s)")
     add("--starts", type=int, default=64, help="that each is measured on (default: %(default)s)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value for a field of the stage")
+    add("--trained", action="store_true", help="only measure runs that have made all their steps")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")
     add("--dry-run", action="store_true", help="print the commands that would be run")
     return parser

@@ -45,6 +45,13 @@ def test_every_kind_is_trained_alike_and_measured(command, tmp_path, monkeypatch
     assert all((tmp_path / "runs" / kind / "weights" / "vae").is_dir() for kind in kinds)
     assert written["name"] == "ablation_tiny" and written["identification_plucker"] == 0.5
     assert {f"{name}_{kind}" for name in study_camera._MEASURES for kind in kinds} < set(written)
+    with pytest.raises(ValueError, match="needs weights and metrics of 7 steps: it has 0"):
+        study_camera.main([*command, "--trained"])
+    for kind in kinds:
+        (tmp_path / "runs" / kind / "metrics.jsonl").write_text('{"step": 7}\n')
+    jobs["evaluate-worlds"].clear()
+    study_camera.main([*command, "--trained"])
+    assert len(jobs["stage1-gdn"]) == len(jobs["evaluate-worlds"]) == 4
 
 
 def test_a_dry_run_prints_commands_that_the_stage_and_the_measure_take(command, capsys):
