@@ -55,11 +55,16 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
 
 
 def carry(
-    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+    transition: Tensor,
+    increment: Tensor,
+    start: Tensor,
+    adjoint: bool = False,
+    keep: bool = True,
+    only: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Both scans with their starts and ends, for who has a backward pass of their own: see `reference.carry`."""
     with torch.cuda.device_of(transition):
-        return _scans(transition).carry(transition, increment, start, adjoint, keep)
+        return _scans(transition).carry(transition, increment, start, adjoint, keep, only)
 
 
 def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -122,19 +122,25 @@ def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
 
 
 def carry(
-    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+    transition: Tensor,
+    increment: Tensor,
+    start: Tensor,
+    adjoint: bool = False,
+    keep: bool = True,
+    only: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Both scans of `bidirectional_states`, each from its `start`: the state after every frame, forwards; the one
     before every frame's map, backwards; and the two that are left at the end.
 
     transition (B, T, H, D, D), increment (B, T, H, V, D), start (2, B, H, R, D). Of R > V rows, the last have no
     increments. adjoint: from `increment`, the gradient of their sum, and `start`, that of the end: each scan's gradient
-    of the increments, and that of the start. keep: without it, the end alone. No gradient flows through this.
+    of the increments, and that of the start. keep: without it, the end alone. only: one of the scans, 0 forwards or 1
+    backwards, with a `start` of one and a list of one. No gradient flows through this.
     """
     a = transition.transpose(-1, -2) if adjoint else transition
     u = F.pad(increment, (0, 0, 0, start.shape[-2] - increment.shape[-2]))
     frames, kept, ends = range(increment.shape[1]), [], []
-    for direction, state in enumerate(start.unbind()):
+    for direction, state in enumerate(start.unbind(), only or 0):
         after: list[Tensor] = []
         forwards = (direction == 0) != adjoint
         for t in frames if forwards else reversed(frames):

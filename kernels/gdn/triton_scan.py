@@ -76,9 +76,10 @@ def _one_way(
 def _both_ways(
     transition_ptr, increment_ptr, start_ptr, forward_ptr, backward_ptr, end_ptr, clips, frames, heads,
     ROWS: tl.constexpr, ADDED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-    ADJOINT: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ADJOINT: tl.constexpr, KEEP: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """States: forwards after each frame, backwards before it. ADJOINT: what those states' gradients are to the
+    """States: forwards after each frame, backwards before it; the third axis of the grid begins with direction FIRST,
+    0 forwards, 1 backwards. ADJOINT: what those states' gradients are to the
     increments, each in its scan's opposite direction.
     """
     clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -87,7 +88,7 @@ def _both_ways(
     edge = ((tl.program_id(2) * clips + clip) * heads + head) * ROWS * D + r[:, None] * D + d[None, :]
     state = tl.load(start_ptr + edge, here, 0.0)
     first = clip * frames
-    if tl.program_id(2) == 0:
+    if FIRST + tl.program_id(2) == 0:
         state = _carry(transition_ptr, increment_ptr, state, forward_ptr, first, head, heads, frames, r, d, ROWS, ADDED,
                        D, ADJOINT, ADJOINT, "added" if ADJOINT else "after", KEEP, PRECISION)  # fmt: skip
     else:
@@ -178,17 +179,23 @@ class BidirectionalStates(torch.autograd.Function):
 
 
 def carry(
-    transition: Tensor, increment: Tensor, start: Tensor, adjoint: bool = False, keep: bool = True
+    transition: Tensor,
+    increment: Tensor,
+    start: Tensor,
+    adjoint: bool = False,
+    keep: bool = True,
+    only: int | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """See `reference.carry`."""
     transition, increment, start = transition.contiguous(), increment.contiguous(), start.float().contiguous()
     b, t, h, added, d = increment.shape
-    rows = start.shape[-2]
-    states = [torch.empty_like(increment) for _ in range(2)] if keep else []
+    directions, rows = len(start), start.shape[-2]
+    states = [torch.empty_like(increment) for _ in range(directions)] if keep else []
     end = torch.empty_like(start)
-    _both_ways[triton.cdiv(rows, _ROWS), b * h, 2](
-        transition, increment, start, *(states or [end, end]), end, b, t, h, rows, added, d, _ROWS, padded(d), adjoint,
-        keep, _PRECISION, num_warps=_WARPS, num_stages=_stages(increment),
+    forwards, backwards = (states or [end]) * (1 if len(states) == 2 else 2)
+    _both_ways[triton.cdiv(rows, _ROWS), b * h, directions](
+        transition, increment, start, forwards, backwards, end, b, t, h, rows, added, d, _ROWS, padded(d), adjoint,
+        keep, only or 0, _PRECISION, num_warps=_WARPS, num_stages=_stages(increment),
     )  # fmt: skip
     return states, end
 

@@ -8,7 +8,7 @@ rank's share of the clip's, a parameter's gradients sum to the clip's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longtake.model.dit.checkpointing import once
 from longtake.model.dit.time_axis import TimeAxis
-from longtake.platform.parallel.peers import Peers
+from longtake.platform.parallel.peers import Peers, copied
 from longtake.platform.parallel.ring import ring_attention
 from longtake.platform.parallel.scan import shared_scan
 
@@ -64,28 +65,37 @@ class ContextParallel(TimeAxis):
     def _with_neighbours(self, x: Tensor, reach: int, dim: int) -> Tensor:
         """x between the frames `dim` of other ranks that its own reach."""
         ranks = range(self.stretches)
-        reached = [self._reached_by(rank, self.rank, reach) for rank in ranks]  # here
-        reaching = [self._reached_by(self.rank, rank, reach)[1] for rank in ranks]
+        reached = [self._reached_by(rank, self.rank, reach) for rank in ranks]  # of this rank's
+        counts = [self._reached_by(self.rank, rank, reach)[1] for rank in ranks]
+        whole = [x.shape[dim] if rank == self.rank else counts[rank] for rank in ranks]
 
-        def swapped(gives: list[Tensor], counts: list[int]) -> list[Tensor]:
-            takes = [x.new_empty([*x.shape[:dim], count, *x.shape[dim + 1 :]]) for count in counts]
-            gives[self.rank] = takes[self.rank]  # of none
-            self.peers.swap("halo", [[give] for give in gives], [[take] for take in takes])
-            return takes
-
+        # Neither may hold on to x, which a checkpointed block lets go.
         def there(x: Tensor) -> tuple[Tensor]:
-            received = swapped([x.narrow(dim, *frames) for frames in reached], reaching)
-            received[self.rank] = x
-            return (torch.cat(received, dim),)
+            gives = [x.narrow(dim, *frames) for frames in reached]
+            parts = list(once(lambda: self._passed(gives, counts, dim)))
+            parts[self.rank] = x
+            result = x.new_empty([*x.shape[:dim], sum(whole), *x.shape[dim + 1 :]])
+            for into, part in zip(result.split(whole, dim), parts, strict=True):
+                copied(into, part)
+            return (result,)
 
         def back(gradient: Tensor) -> tuple[Tensor]:
-            parts = list(gradient.split([*reaching[: self.rank], x.shape[dim], *reaching[self.rank + 1 :]], dim))
+            parts = list(gradient.split(whole, dim))
             own = parts[self.rank].clone()
-            for frames, part in zip(reached, swapped(parts, [count for _, count in reached]), strict=True):
+            parts[self.rank] = own.narrow(dim, 0, 0)
+            for frames, part in zip(reached, self._passed(parts, [n for _, n in reached], dim), strict=True):
                 own.narrow(dim, *frames).add_(part)
             return (own,)
 
         return _Exchange.apply(there, back, x)[0]  # type: ignore[index]
+
+    def _passed(self, gives: Sequence[Tensor], counts: Sequence[int], dim: int) -> list[Tensor]:
+        """Give gives[r] to rank r, and get counts[r] frames `dim` from it."""
+        takes, shape = [], list(gives[0].shape)
+        for shape[dim] in counts:
+            takes.append(gives[0].new_empty(shape))
+        self.peers.swap("halo", [[give] for give in gives], [[take] for take in takes])
+        return takes
 
     def _reached_by(self, rank: int, holder: int, reach: int) -> tuple[int, int]:
         """Which frames of `holder` lie within `reach` of the stretch of `rank`: (first within holder's, count)."""

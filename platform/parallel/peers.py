@@ -40,16 +40,15 @@ class Peers:
         """Copy gives[r] to rank r, into those takes, of the same shapes, that it has for this rank."""
         others = [peer for peer in range(self.count) if peer != self.rank]
         # What travels is contiguous.
-        sends = [(peer, tensor.contiguous()) for peer in others for tensor in gives[peer]]
-        landing = [(peer, tensor, _contiguous(tensor)) for peer in others for tensor in takes[peer]]
+        sends = [(peer, copied(_room(tensor), tensor)) for peer in others for tensor in gives[peer]]
+        landing = [(peer, tensor, _room(tensor)) for peer in others for tensor in takes[peer]]
         transfers = self.start(what, sends, [(peer, arriving) for peer, _, arriving in landing])
         for give, take in zip(gives[self.rank], takes[self.rank], strict=True):
-            take.copy_(give)
+            copied(take, give)
         for transfer in transfers:
             transfer.wait()
         for _, take, arriving in landing:
-            if arriving is not take:
-                take.copy_(arriving)
+            copied(take, arriving)
 
     def noting(self, blocks: Sequence[nn.Module]) -> list[dict[str, int]]:
         """A list that will hold what each of the blocks sent in its first forward pass, `sent` anew for each."""
@@ -66,6 +65,21 @@ class Peers:
         return found
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
+def _room(tensor: Tensor) -> Tensor:
     """The tensor, or one like it, that is contiguous."""
     return tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def copied(into: Tensor, tensor: Tensor) -> Tensor:
+    """`into` with the tensor's numbers, unless it is the tensor."""
+    if into is not tensor:
+        # Rows of 16-bit numbers are copied at less than half of the memory's speed, those of 64-bit words are not.
+        words = all(_of_words(each) for each in (into, tensor))
+        into.view(torch.int64).copy_(tensor.view(torch.int64)) if words else into.copy_(tensor)
+    return into
+
+
+def _of_words(tensor: Tensor) -> bool:
+    numbers = 8 // tensor.element_size()
+    steps = tensor.shape[-1], *tensor.stride()[:-1], tensor.storage_offset()
+    return tensor.stride(-1) == 1 and all(step % numbers == 0 for step in steps)

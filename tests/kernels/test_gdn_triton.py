@@ -92,10 +92,11 @@ def test_both_directions_from_states_of_their_own(device, sizes, adjoint):
     transition, increment = (x.detach() for x in reference.frame_maps(*inputs))
     b, _, _, h, d, v = sizes
     start, further = (torch.randn(2, b, h, rows, d, device=device) for rows in (v, v + d))
-    for state, keep in ((start, True), (further, False)):  # of the further rows none has increments
-        true, true_end = reference.carry(transition, increment, state, adjoint, keep)
-        found, end = triton_scan.carry(transition, increment, state, adjoint, keep)
-        assert len(found) == len(true) == 2 * keep
+    # Of the further rows none has increments.
+    for state, keep, only in ((start, True, None), (further, False, None), (start[:1], True, 0), (start[:1], True, 1)):
+        true, true_end = reference.carry(transition, increment, state, adjoint, keep, only)
+        found, end = triton_scan.carry(transition, increment, state, adjoint, keep, only)
+        assert len(found) == len(true) == len(state) * keep
         assert all(
             error(*pair) < TOLERANCE[torch.float32] for pair in zip([*found, end], [*true, true_end], strict=True)
         )

@@ -71,6 +71,8 @@ back(triton_read.ReadStates.apply(q, states, k, states[..., 0, :], 1e-8))
 maps, start = [x.detach().requires_grad_() for x in maps], randn(1, H, D, D, dtype=torch.float32)
 back(*triton_scan.ScanStates.apply(*maps, start))
 triton_scan.carry(*maps, torch.randn(2, 1, H, 2 * D, D), keep=False)
+for direction in range(2):
+    triton_scan.carry(*maps, start.detach()[None], only=direction)
 x, matrix = randn(1, T * S, H, D), randn(1, T * S, 4, 4, dtype=torch.float32).detach()
 back(*triton_encode.Encode.apply(x, randn(C), matrix, randn(T * S, D // 4, 2, dtype=torch.float32).detach(),
                                  (True, 1.0, True, False, 1e-5), (True, True)))
