@@ -89,8 +89,11 @@ class Worker:
     def _engine(self) -> Any:
         """DeepSpeed accumulates, partitions and autocasts, and clips what it partitions; parameters stay float32."""
         import deepspeed
+        from deepspeed.runtime.zero import stage_1_and_2
 
         deepspeed.logger.setLevel("ERROR")
+        # To take their norm it would copy all gradients to float64.
+        stage_1_and_2.get_norm_dtype = lambda: torch.float32  # type: ignore[assignment]
         stage = self.stage
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro,
