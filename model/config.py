@@ -21,12 +21,25 @@ class SamplerConfig:
     """Flow-matching Euler sampler, bound to the weights it was trained for (SANA-WM section 3).
 
     shift: time shift s of sigma' = s sigma / (1 + (s - 1) sigma). guidance_scale 1 means one pass without the negative
-    prompt.
+    prompt. timesteps: of weights distilled to few steps, 1000 sigma before each and, last, 0; they go with no other
+    number of steps. chunk_interval: of a chunk-causal model, how much of its steps a chunk is ahead of the next one;
+    1 makes them one after another, None all at once.
     """
 
     num_steps: int = 60
     shift: float = 9.8
     guidance_scale: float = 5.0
+    timesteps: tuple[float, ...] = ()
+    chunk_interval: float | None = None
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+        if self.timesteps and not (falling and self.timesteps[0] <= 1000 and self.timesteps[-1] == 0):
+            raise ValueError(f"timesteps {self.timesteps} must fall from at most 1000 to 0")
+        if self.timesteps and self.num_steps != len(self.timesteps) - 1:
+            raise ValueError(f"num_steps is {self.num_steps}, but timesteps {self.timesteps} are others: change one")
+        if self.chunk_interval is not None and not 0 < self.chunk_interval <= 1:
+            raise ValueError(f"chunk_interval is {self.chunk_interval}: it must be more than 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,9 @@ class WorldModelConfig:
         float8_e4m3fn is faster on Hopper, and off by some 5 percent: for generation alone.
       key_map: which keys the action language means (camera/actions.py).
 
+    chunk_causal: the weights see their own chunk of `chunk_size` latent frames and earlier ones, and no later ones.
+    chunk_window: how many chunks before its own softmax attention then sees beside the first; None is all.
+
     camera_branches: what the network reads of a camera (sections 1.8 and 1.9): Pluecker maps, added in every block,
       "plucker"; attention in ray coordinates, "ucpe"; "both" or "none". Weights of what is left out stay unused.
 
@@ -100,6 +116,8 @@ class WorldModelConfig:
     conv_kernel_size: int = 4
     temporal_kernel_size: int = 3
     chunk_size: int = 3
+    chunk_causal: bool = False
+    chunk_window: int | None = None
     plucker_channels: int = 48
     max_latent_frames: int = 1024
     ucpe_downscale: bool = True

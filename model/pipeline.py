@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from longtake.model import presets, weights
 from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner
-from longtake.model.samplers.flow_euler import clip_noise, euler, schedule
+from longtake.model.samplers.chunk_flow import chunk_flow_euler
+from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas
+from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
 from longtake.model.vae import build_vae, decode_latents, encode_frames
 
@@ -137,21 +140,17 @@ class WorldPipeline:
 
         T comes from the camera, or from num_latent_frames when there is none. negative: features and mask of the
         negative prompt, needed when the preset's guidance_scale is not 1. progress(step, steps) is called after each
-        step.
+        step, or, of a chunk-causal model, after each chunk.
         """
-        frames = num_latent_frames if camera is None else camera.conditions.shape[1]
-        if frames is None:
-            raise ValueError("give a camera, or num_latent_frames for a video without one")
-        if frames > self.config.max_latent_frames:
-            raise ValueError(
-                f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"
+        if self.config.chunk_causal:
+            chunks = self.stream(
+                image_latents, text, text_mask, camera, seeds, num_steps, progress, num_latent_frames, negative
             )
+            return torch.cat(list(chunks), 2)
+        frames = self._latent_frames(camera, num_latent_frames, negative)
         model: Any = self._part("dit")
         sampler = self.config.sampler
         camera = None if camera is None else camera.to(self.device)
-        if sampler.guidance_scale != 1 and negative is None:
-            raise ValueError(f"guidance_scale {sampler.guidance_scale} needs the features of a negative prompt")
-
         _, channels, _, height, width = image_latents.shape
         grid = frames, height, width
         context = model.context(grid, text, text_mask, camera, of_sample=True)
@@ -168,10 +167,59 @@ class WorldPipeline:
 
         start = clip_noise((channels, frames, height, width), seeds, self.device)
         start[:, :, :1] = image_latents
-        latents = euler(velocity, start, schedule(num_steps or sampler.num_steps, sampler.shift), 1, progress)
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
-        return latents
+        latents = euler(velocity, start, sampler_sigmas(sampler, num_steps), 1, progress)
+        return _finite(latents, frames)
+
+    def stream(
+        self,
+        image_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures | None,
+        seeds: Sequence[int],
+        num_steps: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        num_latent_frames: int | None = None,
+        negative: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """What `rollout` makes, chunk by chunk, (B, C, t, h, w) each, in memory that does not grow with T where the
+        model's window is bounded. A video's first chunks do not depend on its length, if it is a whole number of
+        chunks longer and its chunks are made one after another.
+        """
+        config = self.config
+        if not config.chunk_causal:
+            raise ValueError(f"the weights of {config.name!r} see the whole clip at once: stream chunk-causal ones")
+        frames = self._latent_frames(camera, num_latent_frames, negative)
+        sigmas = sampler_sigmas(config.sampler, num_steps).tolist()
+        model: Any = self._part("dit")
+        camera = None if camera is None else camera.to(self.device)
+        network = ChunkStream(model, text, text_mask, camera, None if config.sampler.guidance_scale == 1 else negative)
+        sizes = chunk_sizes(frames, config.chunk_size)
+
+        def noise(chunk: int, length: int) -> Tensor:
+            shape = image_latents.shape[1], length, *image_latents.shape[3:]
+            return clip_noise(shape, [_seed_of_chunk(seed, chunk) for seed in seeds], self.device)
+
+        chunks = chunk_flow_euler(network, noise, sizes, sigmas, config.sampler.chunk_interval, image_latents)
+        for number, latents in enumerate(chunks, 1):
+            if progress:
+                progress(number, len(sizes))
+            yield _finite(latents, network.state.frames)
+
+    def _latent_frames(self, camera: CameraFeatures | None, count: int | None, negative: tuple | None) -> int:
+        """Of a rollout. ValueError for arguments that do not make one."""
+        frames = count if camera is None else camera.conditions.shape[1]
+        if frames is None:
+            raise ValueError("give a camera, or num_latent_frames for a video without one")
+        if frames > self.config.max_latent_frames:
+            raise ValueError(
+                f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"
+            )
+        if self.config.sampler.guidance_scale != 1 and negative is None:
+            raise ValueError(
+                f"guidance_scale {self.config.sampler.guidance_scale} needs the features of a negative prompt"
+            )
+        return frames
 
     def generate(
         self,
@@ -223,6 +271,17 @@ class WorldPipeline:
         """The frames of one clip as they are decoded, uint8 (f, H, W, 3) each; memory does not grow with the length."""
         for frames in decode_latents(self._part("vae"), latents):  # type: ignore[arg-type]
             yield frames[0].cpu().numpy()
+
+
+def _finite(latents: Tensor, frames: int) -> Tensor:
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
+    return latents
+
+
+def _seed_of_chunk(seed: int, chunk: int) -> int:
+    """A seed of its own for each chunk of a clip."""
+    return int(np.random.SeedSequence((seed % 2**64, chunk)).generate_state(1)[0])
 
 
 def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | None = None) -> dict[str, int]:

@@ -1,12 +1,24 @@
-"""The named configurations: `tiny`, shipped with its weights, and `sana-wm`, the public 2.66 B model."""
+"""The named configurations: `tiny`, shipped with its weights; `sana-wm`, the public 2.66 B model; and its
+`sana-wm-streaming`, which makes a video chunk by chunk in four steps each.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
 
 SANA_WM = WorldModelConfig()
+
+SANA_WM_STREAMING = dataclasses.replace(
+    SANA_WM,
+    name="sana-wm-streaming",
+    chunk_causal=True,
+    chunk_window=1,
+    sampler=SamplerConfig(4, 8.0, 1.0, timesteps=(1000, 960, 889, 727, 0), chunk_interval=1),
+    vae=dict(decoder_causal=True),
+)
 
 TINY = WorldModelConfig(
     name="tiny",
@@ -34,7 +46,7 @@ TINY = WorldModelConfig(
     ),
 )
 
-_PRESETS = {config.name: config for config in (TINY, SANA_WM)}
+_PRESETS = {config.name: config for config in (TINY, SANA_WM, SANA_WM_STREAMING)}
 
 
 def names() -> list[str]:

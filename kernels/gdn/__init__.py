@@ -45,13 +45,13 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
     return reference.scan_states(transition, increment, state)
 
 
-def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
+def bidirectional_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
     """What every frame reads after a scan in both directions, see `reference.bidirectional_states`."""
     if fused(transition, increment):
         from longtake.kernels.gdn.triton_scan import BidirectionalStates
 
-        return apply(BidirectionalStates, transition, increment)
-    return reference.bidirectional_states(transition, increment)
+        return apply(BidirectionalStates, transition, increment, state)
+    return reference.bidirectional_states(transition, increment, state)
 
 
 def carry(

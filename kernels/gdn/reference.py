@@ -111,12 +111,15 @@ def _scan_in_runs(transition: Tensor, increment: Tensor, state: Tensor) -> Tenso
     return (before[:, :, None] @ through + since).flatten(1, 2)[:, :frames]
 
 
-def bidirectional_states(transition: Tensor, increment: Tensor) -> Tensor:
-    """State after frame t scanning forwards plus state of frames after t scanning backwards, (B, T, H, V, D)."""
+def bidirectional_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
+    """State after frame t scanning forwards, from `state` (B, H, V, D) or zeros, plus state of frames after t scanning
+    backwards, (B, T, H, V, D). After the last frame there is none, so the last is where the forward scan ends.
+    """
     # Backwards, frame t reads what frames T-1 ... t+1 left: its own map is not applied, the last frame reads zeros.
     after = torch.cat([torch.zeros_like(increment[:, :1]), increment[:, 1:].flip(1)], 1)
     steps = torch.cat([torch.ones_like(transition[:, :1]), transition[:, 1:].flip(1)], 1)
-    both = scan_states(torch.cat([transition, steps]), torch.cat([increment, after]))
+    start = None if state is None else torch.cat([wide(state), torch.zeros_like(state, dtype=torch.float32)])
+    both = scan_states(torch.cat([transition, steps]), torch.cat([increment, after]), start)
     forward, backward = both.chunk(2)
     return forward + backward.flip(1)
 

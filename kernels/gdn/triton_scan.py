@@ -160,13 +160,16 @@ class ScanStates(torch.autograd.Function):
 
 class BidirectionalStates(torch.autograd.Function):
     """Of transition (B, T, H, D, D) and increment (B, T, H, V, D), float32: the sum of the state after each frame,
-    scanning forwards, and of what the later frames left, scanning backwards."""
+    scanning forwards from `state` (B, H, V, D) or zeros, and of what the later frames left, scanning backwards."""
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor, increment: Tensor) -> Tensor:
+    def forward(ctx: Any, transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
         transition, increment = transition.contiguous(), increment.contiguous()
-        start = torch.zeros_like(increment[None, :, 0]).expand(2, -1, -1, -1, -1)
+        start = increment.new_zeros(2, *increment[:, 0].shape)
+        if state is not None:
+            start[0] = state
         states, _ = carry(transition, increment, start)
+        ctx.has_state = state is not None
         ctx.save_for_backward(transition, start, *states)
         return states[0] + states[1]
 
@@ -174,8 +177,8 @@ class BidirectionalStates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_states: Tensor) -> Any:  # type: ignore[override]
         transition, start, *states = ctx.saved_tensors
-        adjoints, _ = carry(transition, d_states, start, adjoint=True)
-        return to_maps(start, states, adjoints)
+        adjoints, d_start = carry(transition, d_states, torch.zeros_like(start), adjoint=True)
+        return *to_maps(start, states, adjoints), d_start[0] if ctx.has_state else None
 
 
 def carry(

@@ -36,6 +36,10 @@ class CameraFeatures:
     def to(self, device: torch.device | str) -> CameraFeatures:
         return CameraFeatures(self.conditions.to(device), self.plucker.to(device))
 
+    def frames(self, first: int, end: int) -> CameraFeatures:
+        """Of latent frames first ... end - 1."""
+        return CameraFeatures(self.conditions[:, first:end], self.plucker[:, :, first:end])
+
     def expand(self, batch: int) -> CameraFeatures:
         """One camera for `batch` clips."""
         return CameraFeatures(self.conditions.expand(batch, -1, -1), self.plucker.expand(batch, -1, -1, -1, -1))

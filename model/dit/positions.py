@@ -19,25 +19,30 @@ class RotaryTable:
         self._tables = [_table(2 * count, max_positions, theta) for count in _split(head_dim)]
         self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """For a (T, height, width) grid: (N, D / 2, 2) for the main branch and (N, D / 4, 2) for the camera branch."""
-        if max(grid) > self.max_positions:
-            raise ValueError(f"a latent grid of {tuple(grid)} exceeds the {self.max_positions} positions of this model")
-        key = (*grid, str(device))
+    def __call__(self, grid: tuple[int, ...], device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+        """For a (T, height, width) grid whose first frame has position `first`: (N, D / 2, 2) for the main branch and
+        (N, D / 4, 2) for the camera branch.
+        """
+        if max(first + grid[0], *grid[1:]) > self.max_positions:
+            at = f" from frame {first}" if first else ""
+            raise ValueError(
+                f"a latent grid of {tuple(grid)}{at} exceeds the {self.max_positions} positions of this model"
+            )
+        key = (first, *grid, str(device))
         if key not in self._made:
             if len(self._made) > 8:
                 self._made.clear()
-            whole = self._on_grid(grid, _split(self.head_dim))
-            half = self._on_grid(grid, _split(self.head_dim // 2))
+            whole = self._on_grid(grid, _split(self.head_dim), first)
+            half = self._on_grid(grid, _split(self.head_dim // 2), first)
             self._made[key] = whole.to(device), half.to(device)
         return self._made[key]
 
-    def _on_grid(self, grid: tuple[int, ...], counts: tuple[int, int, int]) -> Tensor:
-        parts = []
+    def _on_grid(self, grid: tuple[int, ...], counts: tuple[int, int, int], first: int) -> Tensor:
+        parts, starts = [], (first, 0, 0)
         for axis, (table, count) in enumerate(zip(self._tables, counts, strict=True)):
             shape = [1, 1, 1, count, 2]
             shape[axis] = grid[axis]
-            parts.append(table[: grid[axis], :count].view(shape).expand(*grid, count, 2))
+            parts.append(table[starts[axis] :][: grid[axis], :count].view(shape).expand(*grid, count, 2))
         return torch.cat(parts, dim=3).flatten(0, 2)
 
 

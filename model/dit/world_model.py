@@ -250,17 +250,31 @@ class WorldModel(nn.Module):
         """
         if frames is not None:
             time_axis = _padded(time_axis, frames.cpu(), tuple(grid), text)
-        dtype = self.x_embedder.proj.weight.dtype
-        y = self.attention_y_norm(self.y_embedder(text.to(dtype)))
+        return self.placed(self.read_text(text, of_sample), text_mask, grid, camera, time_axis, camera_seen)
+
+    def read_text(self, text: Tensor, of_sample: bool = False) -> Tensor | list[tuple[Tensor, Tensor]]:
+        """What a `Context` holds of text features (B, L, D_text)."""
+        y = self.attention_y_norm(self.y_embedder(text.to(self.x_embedder.proj.weight.dtype)))
+        blocks: Any = self.blocks
+        return [block.cross_attn.keys_and_values(y) for block in blocks] if of_sample else y
+
+    def placed(
+        self,
+        text: Tensor | list[tuple[Tensor, Tensor]],
+        text_mask: Tensor,
+        grid: Sequence[int],
+        camera: CameraFeatures | None = None,
+        time_axis: TimeAxis = WHOLE_CLIP,
+        camera_seen: Tensor | None = None,
+    ) -> Context:
+        """A context of text that was read before, for these frames; other arguments as in `forward`."""
         rays = camera if self.config.reads_rays else None
-        at, plucker = self._positions(tuple(grid), rays, text.device, time_axis), None
+        at, plucker = self._positions(tuple(grid), rays, text_mask.device, time_axis), None
         if camera_seen is not None:
             at.camera_seen = camera_seen[:, None, None]
         if camera is not None and self.config.reads_plucker:
-            plucker = self.plucker_embedder(camera.plucker.to(dtype))
-        blocks: Any = self.blocks
-        of_blocks = [block.cross_attn.keys_and_values(y) for block in blocks] if of_sample else y
-        return Context(tuple(grid), of_blocks, text_mask.bool(), at, plucker)  # type: ignore[arg-type]
+            plucker = self.plucker_embedder(camera.plucker.to(self.x_embedder.proj.weight.dtype))
+        return Context(tuple(grid), text, text_mask.bool(), at, plucker)  # type: ignore[arg-type]
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `forward`, of a context prepared before."""
@@ -279,10 +293,8 @@ class WorldModel(nn.Module):
     def _positions(
         self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device, time: TimeAxis
     ) -> Positions:
-        frames, area = grid[0], grid[1] * grid[2]
-        first, all_frames = time.place(frames)
-        here = slice(first * area, (first + frames) * area)
-        rope, camera_rope = (table[here] for table in self.rotary((all_frames, *grid[1:]), device))
+        frames, (first, _) = grid[0], time.place(grid[0])
+        rope, camera_rope = self.rotary(grid, device, first)
         if camera is None:
             return Positions(frames, rope, camera_rope, time=time)
         with torch.autocast(device.type, enabled=False):

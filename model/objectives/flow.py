@@ -14,7 +14,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.objective import Batch, Loss, Objective
-from longtake.model.samplers.flow_euler import euler, schedule, training_sigma
+from longtake.model.samplers.flow_euler import euler, sampler_sigmas, training_sigma
 from longtake.model.text import build_text_encoder
 
 
@@ -106,9 +106,7 @@ class FlowObjective(Objective):
         latents = batch["latents"].float()
         start = draws.noise(latents.shape[1:], batch.get("frames"))
         start[:, :, :1] = latents[:, :, :1]
-        return self.denoise(
-            batch, start, schedule(num_steps or self.config.sampler.num_steps, self.config.sampler.shift)
-        )
+        return self.denoise(batch, start, sampler_sigmas(self.config.sampler, num_steps))
 
     def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor, highest: Tensor | None = None) -> Tensor:
         """`start` integrated along `sigmas`, times the clip's own `highest` (B,) where that is given."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from longtake.model.config import SamplerConfig
+
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """sigma' = s sigma / (1 + (s - 1) sigma)."""
@@ -21,6 +23,17 @@ def schedule(num_steps: int, shift: float) -> Tensor:
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: at least 1 step is needed")
     return shift_sigma(torch.linspace(1, 0, num_steps + 1), shift)
+
+
+def sampler_sigmas(sampler: SamplerConfig, num_steps: int | None = None) -> Tensor:
+    """The sigmas that weights were made for, float32, from the first step's to 0; of other steps if they allow it."""
+    if not sampler.timesteps:
+        return schedule(num_steps or sampler.num_steps, sampler.shift)
+    if num_steps not in (None, sampler.num_steps):
+        raise ValueError(
+            f"these weights were distilled to {sampler.num_steps} steps, they make nothing in {num_steps}: leave it out"
+        )
+    return torch.tensor(sampler.timesteps) / 1000
 
 
 def training_sigma(normal: Tensor, shift: float) -> Tensor:

@@ -83,6 +83,10 @@ def test_both_directions(device, sizes):
     maps = [x.detach().requires_grad_() for x in reference.frame_maps(*inputs)]
     found = BidirectionalStates.apply(*maps)
     same(found, reference.bidirectional_states(*maps), maps, TOLERANCE[torch.float32])
+    b, _, _, h, d, v = sizes
+    maps.append(torch.randn(b, h, v, d, device=device, requires_grad=True))  # a state to start from
+    found = BidirectionalStates.apply(*maps)
+    same(found, reference.bidirectional_states(*maps), maps, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("adjoint", [False, True])

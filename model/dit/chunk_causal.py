@@ -1,0 +1,124 @@
+"""The chunk-causal network: a frame sees its own chunk and the ones before, so that a video can go on for ever.
+
+A clip of several chunks at once and the same clip chunk by chunk, each from the `StreamState` that the last one left,
+give the same numbers (SANA-WM sections 1.11, 1.12 and 3.3). The GDN scans forwards over all frames and backwards within
+a chunk; convolutions over time see frames of the past, and zeros after the chunk; softmax attention sees all earlier
+chunks, or the first and the last few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.kernels.gdn import bidirectional_states, scan_states
+from longtake.model.dit.time_axis import TimeAxis
+from longtake.model.state import StreamState
+
+
+def chunk_sizes(frames: int, size: int) -> list[int]:
+    """Latent frames of each chunk of a clip: `size`, and what remains is the first's. ValueError for no frame."""
+    if frames < 1 or size < 1:
+        raise ValueError(f"{frames} latent frames cannot be cut into chunks of {size}: both must be at least 1")
+    count = max(1, frames // size)
+    return [frames - size * (count - 1)] + [size] * (count - 1)
+
+
+class ChunkCausal(TimeAxis):
+    """Chunks of `sizes` latent frames, all of them here, after those that left `past`. For one forward pass.
+
+    window: how many of the chunks before its own softmax attention sees beside the very first; None is all.
+    """
+
+    def __init__(self, sizes: Sequence[int], window: int | None = None, past: StreamState | None = None):
+        self.sizes, self.window, self.past = list(sizes), window, past or StreamState()
+        self._traces: list[Callable[[], tuple[Tensor, ...]]] = []  # of this pass; most passes leave none
+        chunks = range(self.past.chunks, self.past.chunks + len(self.sizes))
+        self._known = [*self.past.kept, *zip(chunks, self.sizes, strict=True)]  # chunks whose keys are here
+
+    def place(self, frames: int) -> tuple[int, int]:
+        assert frames == sum(self.sizes), f"{frames} frames were given, the chunks have {sum(self.sizes)}"
+        return self.past.frames, self.past.frames + frames
+
+    def after(self) -> StreamState:
+        """The past of what comes next, once the forward pass is done. Without gradients."""
+        last = self.past.chunks + len(self.sizes) - 1
+        kept = tuple(each for each in self._known if self._visible(each[0], last + 1))
+        with torch.no_grad():
+            traces = tuple(trace() for trace in self._traces)
+        return StreamState(self.past.frames + sum(self.sizes), last + 1, kept, traces)
+
+    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+        start = self._from_past()
+        state = start[0] if start else None
+        if len(self.sizes) == 1:
+            # The last frame reads nothing backwards.
+            states = bidirectional_states(transition, increment, state)
+            self._traces.append(lambda: (states[:, -1].clone(),))
+            return states
+        forwards = scan_states(transition, increment, state)
+        self._traces.append(lambda: (forwards[:, -1].clone(),))
+        firsts = torch.zeros(sum(self.sizes), dtype=torch.bool, device=transition.device)
+        firsts[list(accumulate(self.sizes[:-1], initial=0))] = True
+        return forwards + _later_states(transition, increment, firsts[:, None, None, None])
+
+    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+        assert dim == 1
+        tail = self._from_past()
+        # Frames before the beginning are zeros to a convolution.
+        x = torch.cat(tail + (x,), 1) if tail else F.pad(x, (0, 0) * (x.ndim - 2) + (reach, 0))
+        self._traces.append(lambda: (x[:, x.shape[1] - reach :].clone(),))
+        results, first = [], 0
+        for size, alike in groupby(self.sizes):
+            count = len(list(alike))
+            starts = range(first, first + count * size, size)
+            windows = torch.stack([x[:, start : start + reach + size] for start in starts], 1)
+            y = function(windows.flatten(0, 1)).unflatten(0, (-1, count))
+            results.append(y[:, :, reach:].flatten(1, 2))
+            first += count * size
+        return torch.cat(results, 1)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+    ) -> Tensor:
+        if real is not None:
+            raise ValueError("chunk-causal attention reads padding as if it were real: give clips of one length")
+        if dtype.itemsize > 1:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        area = q.shape[1] // sum(self.sizes)
+        if before := self._from_past():
+            k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+        tokens = [area * size for _, size in self._known]
+        keys, values = k.split(tokens, 1), v.split(tokens, 1)
+        outs, ahead = [], self.past.chunks + len(self.sizes)
+
+        def seen(parts: Sequence[Tensor], chunk: int) -> Tensor:
+            return torch.cat(
+                [part for part, (each, _) in zip(parts, self._known, strict=True) if self._visible(each, chunk)], 1
+            )
+
+        for chunk, part in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
+            outs.append(super().attend(part, seen(keys, chunk), seen(values, chunk), scale, dtype))
+        self._traces.append(lambda: (seen(keys, ahead), seen(values, ahead)))
+        return torch.cat(outs, 1)
+
+    def _visible(self, chunk: int, by: int) -> bool:
+        """Whether chunk `by` sees the keys of `chunk`."""
+        return chunk <= by and (self.window is None or chunk == 0 or chunk >= by - self.window)
+
+    def _from_past(self) -> tuple[Tensor, ...]:
+        """What the part of the network that comes next in this pass needs of the past; empty at the beginning."""
+        return self.past.traces[len(self._traces)] if self.past.traces else ()
+
+
+def _later_states(transition: Tensor, increment: Tensor, firsts: Tensor) -> Tensor:
+    """What the later frames of each chunk left, scanning backwards; `firsts`: which frames begin a chunk."""
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:, :1]), x.masked_fill(firsts, 0)[:, 1:].flip(1)], 1)
+
+    return scan_states(shifted(transition), shifted(increment)).flip(1)

@@ -1,0 +1,82 @@
+"""Flow matching chunk by chunk: chunks start one after another, each at its own sigma, and leave when they are clean
+(SANA-WM sections 3.2 and 3.3).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class ChunkNetwork(Protocol):
+    """A network that goes on from the chunks it has kept."""
+
+    def velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Of the chunks of `sizes` frames that follow the kept ones: x (B, C, T, h, w), timestep (B, T)."""
+        ...
+
+    def keep(self, x: Tensor, sizes: Sequence[int]) -> None:
+        """The chunks that follow are clean, x; what comes next follows them."""
+        ...
+
+
+@dataclass
+class _Chunk:
+    x: Tensor
+    frozen: int  # first frames, clean from the beginning
+    step: int = 0
+
+    def timestep(self, sigmas: Sequence[float]) -> Tensor:
+        timestep = torch.full((len(self.x), self.x.shape[2]), 1000 * sigmas[self.step], device=self.x.device)
+        timestep[:, : self.frozen] = 0
+        return timestep
+
+    def move(self, velocity: Tensor, sigmas: Sequence[float]) -> None:
+        update = (sigmas[self.step + 1] - sigmas[self.step]) * velocity.float()
+        update[:, :, : self.frozen] = 0
+        self.x, self.step = self.x + update, self.step + 1
+
+
+def chunk_flow_euler(
+    network: ChunkNetwork,
+    noise: Callable[[int, int], Tensor],
+    sizes: Sequence[int],
+    sigmas: Sequence[float],
+    interval: float | None = None,
+    start: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """The clean chunks (B, C, T, h, w), float32, as they are done.
+
+    noise(chunk, frames): what a chunk starts from. interval: how much of its steps a chunk is ahead of the next one: by
+    1 they are made one after another, by default all at once, each a little cleaner than the next. Chunks that are done
+    are not computed again. start (B, C, f, h, w): clean first frames of the first chunk.
+    """
+    steps = len(sigmas) - 1
+    interval = 1 / len(sizes) if interval is None else interval
+    begins = [int(chunk * interval * steps) for chunk in range(len(sizes))]
+    flying: deque[_Chunk] = deque()
+    begun = done = now = 0
+    while done < len(sizes):
+        while begun < len(sizes) and begins[begun] <= now:
+            x, frozen = noise(begun, sizes[begun]).clone(), 0
+            if begun == 0 and start is not None:
+                frozen = start.shape[2]
+                x[:, :, :frozen] = start
+            flying.append(_Chunk(x, frozen))
+            begun += 1
+        if flying:
+            here = sizes[done:begun]
+            timestep = torch.cat([chunk.timestep(sigmas) for chunk in flying], 1)
+            velocity = network.velocity(torch.cat([chunk.x for chunk in flying], 2), timestep, here)
+            for chunk, part in zip(flying, velocity.split(list(here), 2), strict=True):
+                chunk.move(part, sigmas)
+        while flying and flying[0].step == steps:
+            network.keep(flying[0].x, [sizes[done]])
+            done += 1
+            yield flying.popleft().x
+        now += 1
