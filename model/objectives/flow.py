@@ -11,24 +11,28 @@ from torch import Tensor
 from longtake.model import sana_video, weights
 from longtake.model.camera import CameraFeatures, camera_features
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
+from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.objective import Batch, Loss, Objective
+from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_training_sigma
 from longtake.model.samplers.flow_euler import euler, sampler_sigmas, training_sigma
+from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
 
 
 class FlowObjective(Objective):
     """Flow matching of the stage-1 network (section 4.2), its text encoder trained along when it is a small one.
 
-    A sigma a clip, logit-normal and shifted. With probability `image_condition` the first latent frame is the clean
-    image at timestep 0, without loss. `caption_dropout` puts the learned null caption, `camera_dropout` leaves a
-    clip's camera out. replace_gdn: weights to start from may have GDN in every block; those that are softmax
-    attention here begin with the replaced ones' weights. A SANA-Video to start from has no text encoder: a small one
-    keeps its random weights. batch: latents, c2w, intrinsics, tokens_mask bool (B, L) with tokens int64
-    (B, L), or, of a frozen encoder, text float16 (B, L, D); and frames int64 (B,) where clips are padded at their ends:
-    how many latent frames of each are real. A clip's draws and its
-    loss, the mean over its real frames, are those of the clip alone.
+    A sigma a clip, logit-normal and shifted; of a chunk-causal network one for each chunk. With probability
+    `image_condition` the first latent frame is the clean image at timestep 0, without loss. `caption_dropout` puts the
+    learned null caption, `camera_dropout` leaves a clip's camera out. replace_gdn: weights to start from may have GDN
+    in every block; those that are softmax attention here begin with the replaced ones' weights. A SANA-Video to start
+    from has no text encoder: a small one keeps its random weights. batch: latents, c2w, intrinsics, tokens_mask bool
+    (B, L) with tokens int64 (B, L), or, of a frozen encoder, text float16 (B, L, D); and frames int64 (B,) where clips
+    are padded at their ends: how many latent frames of each are real. A clip's draws and its loss, the mean over its
+    real frames that are not clean, are those of the clip alone.
 
     Where `time_axis` holds a stretch of each clip, batches are still of whole clips, and the loss is the stretch's
     share times the number of stretches: its mean over the ranks is the clips' loss.
@@ -57,22 +61,21 @@ class FlowObjective(Objective):
 
     def forward(self, batch: Batch, draws: Draws) -> Loss:
         latents, frames = batch["latents"].float(), batch.get("frames")
-        sigma = training_sigma(draws.normal(), self.shift)
+        axis, frame_sigma = self._axis_and_sigma(latents.shape[2], draws)
+        sigma = frame_sigma.mean(1)
         keep_image = draws.uniform() < self.image_condition
-        frame_sigma = sigma[:, None].repeat(1, latents.shape[2])
         frame_sigma[:, 0] *= ~keep_image
         noise = draws.noise(latents.shape[1:], frames)
         level = frame_sigma[:, None, :, None, None]
         noisy = (1 - level) * latents + level * noise
         text, mask = self.encode_text(batch, draws)
         seen = draws.uniform() >= self.camera_dropout if self.camera_dropout else None
-        axis, camera = self.time_axis, self.camera(batch)
+        camera = self.camera(batch)
         camera = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
         timestep = 1000 * axis.held(frame_sigma, 1)
         velocity = self.world_model(axis.held(noisy, 2), timestep, text, mask, camera, axis, seen, frames).float()
         error = (velocity - axis.held(noise - latents, 2)).square().mean((1, 3, 4))
-        counted = torch.ones_like(frame_sigma)
-        counted[:, 0] = (~keep_image).float()
+        counted = (frame_sigma > 0).float()
         if frames is not None:
             counted *= torch.arange(latents.shape[2], device=frames.device) < frames[:, None]
         # A clip of one frame, its image, has no loss.
@@ -83,6 +86,18 @@ class FlowObjective(Objective):
             "loss_high_sigma": (per_clip * high).sum() / high.sum().clamp(min=1),
         }
         return per_clip.mean(), {name: value.detach() for name, value in metrics.items()}
+
+    def _axis_and_sigma(self, frames: int, draws: Draws) -> tuple[TimeAxis, Tensor]:
+        """The axis of clips of so many latent frames, and a sigma for each frame (B, T)."""
+        normal = draws.normal()
+        if not self.config.chunk_causal:
+            return self.time_axis, training_sigma(normal, self.shift)[:, None].repeat(1, frames)
+        sizes = chunk_sizes(frames, self.config.chunk_size)
+        uniform = draws.uniform(), draws.uniform(), draws.uniform(len(sizes))
+        sigma = chunk_training_sigma(normal, *uniform, self.shift)
+        return ChunkCausal(sizes, self.config.chunk_window), torch.cat(
+            [sigma[:, n : n + 1].expand(-1, size) for n, size in enumerate(sizes)], 1
+        )
 
     def camera(self, batch: Batch) -> CameraFeatures:
         with torch.autocast(batch["c2w"].device.type, enabled=False):
@@ -104,9 +119,16 @@ class FlowObjective(Objective):
     def sample(self, batch: Batch, draws: Draws, num_steps: int | None = None) -> Tensor:
         """Latents (B, C, T, h, w) generated from each clip's first latent frame, caption and camera."""
         latents = batch["latents"].float()
-        start = draws.noise(latents.shape[1:], batch.get("frames"))
-        start[:, :, :1] = latents[:, :, :1]
-        return self.denoise(batch, start, sampler_sigmas(self.config.sampler, num_steps))
+        start, sampler = draws.noise(latents.shape[1:], batch.get("frames")), self.config.sampler
+        sigmas, image = sampler_sigmas(sampler, num_steps), latents[:, :, :1]
+        if self.config.chunk_causal:
+            network = ChunkStream(self.world_model, *self.encode_text(batch), self.camera(batch))
+            sizes = chunk_sizes(latents.shape[2], self.config.chunk_size)
+            noise = start.split(sizes, 2)
+            given = sizes, sigmas.tolist(), sampler.chunk_interval, image
+            return torch.cat(list(chunk_flow_euler(network, lambda chunk, _: noise[chunk], *given)), 2)
+        start[:, :, :1] = image
+        return self.denoise(batch, start, sigmas)
 
     def denoise(self, batch: Batch, start: Tensor, sigmas: Tensor, highest: Tensor | None = None) -> Tensor:
         """`start` integrated along `sigmas`, times the clip's own `highest` (B,) where that is given."""

@@ -1,5 +1,5 @@
 """Flow matching chunk by chunk: chunks start one after another, each at its own sigma, and leave when they are clean
-(SANA-WM sections 3.2 and 3.3).
+(SANA-WM sections 3.2, 3.3 and 4.2).
 """
 
 from __future__ import annotations
@@ -11,6 +11,31 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from longtake.model.samplers.flow_euler import shift_sigma
+
+# Shares of the ways in which the sigmas of a training clip's chunks go together.
+_ALIKE, _RISING, _RISING_TO_LAST = 0.1, 0.4, 0.4  # the rest has clean chunks before noisy ones
+
+
+def chunk_training_sigma(normal: Tensor, way: Tensor, place: Tensor, others: Tensor, shift: float) -> Tensor:
+    """Shifted sigmas (B, chunks) of training clips, from standard normal numbers (B,) and uniform ones: `way` and
+    `place` (B,), `others` (B, chunks).
+
+    One chunk's is logit-normal, and the others are: the same; or a uniform draw of what does not fall from chunk to
+    chunk and has the first one's at a random place, or at the last; or the same after a random number of clean chunks,
+    of sigma 0. What a chunk-causal sampler meets is among them. The published mixture; it draws whole timesteps, here
+    sigma is continuous, before its shift.
+    """
+    count = others.shape[1]
+    chunk, anchor = torch.arange(count, device=others.device), normal.sigmoid()[:, None]
+    way, random_place = way[:, None], (place[:, None] * count).long()
+    at = torch.where(way < _ALIKE + _RISING, random_place, count - 1)
+    around = torch.where(chunk < at, anchor * others, anchor + (1 - anchor) * others)
+    rising = torch.where(chunk == at, anchor, around).sort(1).values  # uniform numbers in order are such a draw
+    clean = (1 + (place[:, None] * (count - 1)).long()).clamp(max=count - 1)
+    sigma = torch.where(way < _ALIKE + _RISING + _RISING_TO_LAST, rising, anchor * (chunk >= clean))
+    return shift_sigma(torch.where(way < _ALIKE, anchor, sigma), shift)
 
 
 class ChunkNetwork(Protocol):

@@ -104,7 +104,10 @@ def configured(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
     unknown = set(stage.model) - {field.name for field in dataclasses.fields(preset)}
     if unknown:
         raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")
-    return dataclasses.replace(preset, **stage.model)
+    config = dataclasses.replace(preset, **stage.model)
+    if config.chunk_causal and (stage.context_parallel > 1 or stage.pad):
+        raise ValueError(f"{stage.name}: clips of a chunk-causal model are neither shared nor padded: see --set")
+    return config
 
 
 def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfig, folder: Path) -> None:

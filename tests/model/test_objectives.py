@@ -7,6 +7,8 @@ from longtake.model.objectives import Draws, build_objective
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.refiner import RefinerObjective
 from longtake.model.objectives.vae import VAEObjective
+from longtake.model.samplers.chunk_flow import chunk_training_sigma
+from longtake.model.samplers.flow_euler import training_sigma
 from longtake.model.text import tokenize
 from longtake.model.vae import decode_latents, encode_frames, to_pixels
 
@@ -30,10 +32,11 @@ def batch(config):
     }
 
 
-@pytest.mark.parametrize("kind", ["flow", "refiner"])
+@pytest.mark.parametrize("kind", ["flow", "refiner", "chunks"])
 def test_the_loss_is_finite_and_repeats_with_the_seed(kind, config, batch):
     torch.manual_seed(0)
-    objective = build_objective(kind, config)
+    config = dataclasses.replace(config, chunk_causal=kind == "chunks", chunk_size=1)
+    objective = build_objective("flow" if kind == "chunks" else kind, config)
     loss, metrics = objective(batch, draws())
     again, _ = objective(batch, draws())
     other, _ = objective(batch, draws(seed=1))
@@ -42,10 +45,13 @@ def test_the_loss_is_finite_and_repeats_with_the_seed(kind, config, batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("vae", {}), ("flow", {"camera_dropout": 0.5, "caption_dropout": 0.5}), ("refiner", {})]
+    ("kind", "options"),
+    [("vae", {}), ("flow", {"camera_dropout": 0.5, "caption_dropout": 0.5}), ("refiner", {}), ("chunks", {})],
 )
 def test_a_clip_draws_the_same_in_every_batch(kind, options, config, batch):
     torch.manual_seed(0)
+    if kind == "chunks":
+        kind, config = "flow", dataclasses.replace(config, chunk_causal=True, chunk_size=1)
     if kind == "vae":
         batch = {"frames": torch.randint(0, 256, (2, 9, 64, 96, 3), dtype=torch.uint8)}
     objective = build_objective(kind, config, options)
@@ -193,3 +199,34 @@ def test_a_step_of_refiner_training_leaves_stage_one_alone(config, batch):
     objective(batch, draws())[0].backward()
     assert all(parameter.grad is None for parameter in objective.stage1.parameters())
     assert any(parameter.grad is not None for parameter in objective.refiner.parameters())
+
+
+def test_sigmas_of_chunks_are_alike_or_do_not_fall_or_begin_clean():
+    drawn, count = Draws(0, range(4000)), 5
+    sigma = chunk_training_sigma(drawn.normal(), drawn.uniform(), drawn.uniform(), drawn.uniform(count), 1.0)
+    assert (sigma[:, 1:] >= sigma[:, :-1]).all() and sigma.max() < 1
+    alike, clean = (sigma == sigma[:, :1]).all(1), (sigma == 0).sum(1)
+    assert 0.08 < alike.float().mean() < 0.12 and 0.08 < (clean > 0).float().mean() < 0.12
+    assert clean.max() == count - 1 and torch.bincount(clean).min() > 50  # one to four clean chunks
+    rising = sigma[~alike & (clean == 0)]
+    # Half of them have a logit-normal sigma, of mean 1/2, at the last chunk; the others at a random one.
+    assert 0.6 < rising[:, -1].mean() < 0.75 and rising[:, 0].mean() < 0.35
+    one = chunk_training_sigma(drawn.normal(), drawn.uniform(), drawn.uniform(), drawn.uniform(1), 1.0)
+    assert one.min() > 0  # a single chunk is never clean
+    normal, way = torch.tensor([0.3]), torch.tensor([0.05])
+    shifted = chunk_training_sigma(normal, way, torch.rand(1), torch.rand(1, 3), 4.0)
+    torch.testing.assert_close(shifted, training_sigma(normal, 4.0).expand(1, 3))
+
+
+def test_a_chunk_causal_model_samples_by_chunk(config, batch):
+    config = dataclasses.replace(config, chunk_causal=True, chunk_size=1)
+    objective = FlowObjective(config)
+    for parameter in objective.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    sample = objective.sample(batch, draws(), num_steps=2)
+    assert sample.shape == batch["latents"].shape and torch.equal(sample[:, :, 0], batch["latents"][:, :, 0])
+    # Where the camera goes at the last frame, no chunk before it knows.
+    changed = dict(batch, c2w=batch["c2w"].clone())
+    changed["c2w"][:, 10:, 0, 3] += 1.0
+    again = objective.sample(changed, draws(), num_steps=2)
+    assert torch.equal(again[:, :, :2], sample[:, :, :2]) and not torch.equal(again[:, :, 2], sample[:, :, 2])
