@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,20 +14,20 @@ class StreamState:
     """The past of some clips, as one network sees it; an empty one is the beginning. Nothing changes one.
 
     frames: latent frames so far, which is the next one's position. kept: (chunk, frames) of those whose keys are kept.
-    traces: what each part of the network that looks at other frames needs of the past, in the order in which they are
-    computed: a GDN's states, a convolution's last frames, or the keys and values of the chunks in `kept`.
+    traces: what each part of the network that looks at other frames needs of the past, by its block's number and its
+    name: a GDN's states, a convolution's last frames, or the keys and values of the chunks in `kept`.
     """
 
     frames: int = 0
     chunks: int = 0
     kept: tuple[tuple[int, int], ...] = ()
-    traces: tuple[tuple[Tensor, ...], ...] = ()
+    traces: Mapping[tuple[int, str], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, each of which has memory of its own."""
-        return sum(tensor.nbytes for trace in self.traces for tensor in trace)
+        return sum(tensor.nbytes for trace in self.traces.values() for tensor in trace)
 
     def to(self, device: torch.device | str) -> StreamState:
-        traces = tuple(tuple(tensor.to(device) for tensor in trace) for trace in self.traces)
-        return StreamState(self.frames, self.chunks, self.kept, traces)
+        traces = {part: tuple(tensor.to(device) for tensor in trace) for part, trace in self.traces.items()}
+        return replace(self, traces=traces)

@@ -7,7 +7,7 @@ Parameters bear the names of the public checkpoints.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ class Positions:
         """What a camera adds to the tokens, (B, N, C), where it is seen."""
         return of_camera if self.camera_seen is None else of_camera * self.camera_seen.to(of_camera.dtype)
 
+    def of_block(self, number: int) -> Positions:
+        """With the time axis of one block."""
+        time = self.time.of_block(number)
+        return self if time is self.time else replace(self, time=time)
+
 
 class ShortConv(nn.Module):
     """Holds the weight of a symmetric temporal convolution, the identity at first."""
@@ -50,9 +55,9 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel_size))
         nn.init.ones_(self.weight[:, :, -1])
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
+    def forward(self, x: Tensor, at: Positions, part: str) -> Tensor:
         x, reach = x.unflatten(1, (at.frames, -1)), self.weight.shape[-1] - 1
-        return at.time.around(x, reach, lambda frames: short_conv(frames, self.weight)).flatten(1, 2)
+        return at.time.around(x, reach, lambda frames: short_conv(frames, self.weight), part=part).flatten(1, 2)
 
 
 class DualBranchAttention(nn.Module):
@@ -92,11 +97,11 @@ class DualBranchAttention(nn.Module):
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        main = self._heads(self.qkv(x).chunk(3, dim=-1), at, self.conv_k)
+        main = self._heads(self.qkv(x).chunk(3, dim=-1), at, "conv_k")
         camera = None
         if at.ray_from_world is not None:
             projected = self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)
-            camera = self._heads(projected, at, self.conv_k_cam)
+            camera = self._heads(projected, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
         from_camera = None
@@ -111,9 +116,10 @@ class DualBranchAttention(nn.Module):
         """
         raise NotImplementedError
 
-    def _heads(self, branch: tuple, at: Positions, conv: ShortConv | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, branch: tuple, at: Positions, conv: str) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = branch
-        k = k if conv is None else conv(k, at)
+        if (over_time := getattr(self, conv)) is not None:
+            k = over_time(k, at, conv)
         return tuple(tensor.unflatten(-1, (self.heads, -1)) for tensor in (q, k, v))  # type: ignore[return-value]
 
     def to_rays(
@@ -168,9 +174,10 @@ class GDNAttention(DualBranchAttention):
             discount = by_frame(inflation).mean(2, keepdim=True).clamp(min=1)
             beta_camera = self._bounded(beta / discount, by_frame(k_cam))
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
-        states = at.time.states(*maps_of_branches(branches, decay)).chunk(len(branches))
+        states = at.time.states(*maps_of_branches(branches, decay), part="states").chunk(len(branches))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
-        mass = at.time.states(*frame_maps(by_frame(k), torch.ones_like(by_frame(k)[..., :1]), beta_main, decay))
+        ones = torch.ones_like(by_frame(k)[..., :1])
+        mass = at.time.states(*frame_maps(by_frame(k), ones, beta_main, decay), part="mass")
         out = read(by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2))
         if q_cam is None:
             return out.flatten(1, 2), None
@@ -198,11 +205,11 @@ class SoftmaxAttention(DualBranchAttention):
         dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
         q, *_ = encode(q, at.rope, self.q_norm.weight)
         k, *_ = encode(k, at.rope, self.k_norm.weight)
-        out = at.time.attend(q, k, v, self.scale_main, dtype)
+        out = at.time.attend(q, k, v, self.scale_main, dtype, part="attention")
         if camera is None:
             return out, None
         q, k, v, _ = self.to_rays(camera, at)
-        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype))
+        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="attention_cam"))
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

@@ -9,6 +9,7 @@ chunks, or the first and the last few.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from itertools import accumulate, groupby
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from longtake.kernels.gdn import bidirectional_states, scan_states
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.state import StreamState
+
+_Traces = dict[str, Callable[[], tuple[Tensor, ...]]]
 
 
 def chunk_sizes(frames: int, size: int) -> list[int]:
@@ -29,14 +32,18 @@ def chunk_sizes(frames: int, size: int) -> list[int]:
 
 
 class ChunkCausal(TimeAxis):
-    """Chunks of `sizes` latent frames, all of them here, after those that left `past`. For one forward pass.
+    """Chunks of `sizes` latent frames, all of them here, after those that left `past`. For one forward pass, which
+    leaves a past itself if it is one without gradients.
 
     window: how many of the chunks before its own softmax attention sees beside the very first; None is all.
     """
 
     def __init__(self, sizes: Sequence[int], window: int | None = None, past: StreamState | None = None):
         self.sizes, self.window, self.past = list(sizes), window, past or StreamState()
-        self._traces: list[Callable[[], tuple[Tensor, ...]]] = []  # of this pass; most passes leave none
+        self._block = 0
+        # What this pass leaves: most passes are not asked for it.
+        self._traces: _Traces = {}
+        self._of_blocks: dict[int, _Traces] = {}
         chunks = range(self.past.chunks, self.past.chunks + len(self.sizes))
         self._known = [*self.past.kept, *zip(chunks, self.sizes, strict=True)]  # chunks whose keys are here
 
@@ -44,34 +51,42 @@ class ChunkCausal(TimeAxis):
         assert frames == sum(self.sizes), f"{frames} frames were given, the chunks have {sum(self.sizes)}"
         return self.past.frames, self.past.frames + frames
 
+    def of_block(self, number: int) -> ChunkCausal:
+        own = copy(self)
+        own._block, own._traces = number, self._of_blocks.setdefault(number, {})
+        return own
+
     def after(self) -> StreamState:
-        """The past of what comes next, once the forward pass is done. Without gradients."""
+        """The past of what comes next, once a forward pass without gradients is done."""
+        assert self._of_blocks, "no pass was made, or one with gradients"
         last = self.past.chunks + len(self.sizes) - 1
         kept = tuple(each for each in self._known if self._visible(each[0], last + 1))
-        with torch.no_grad():
-            traces = tuple(trace() for trace in self._traces)
+        parts = ((block, part, of) for block, left in self._of_blocks.items() for part, of in left.items())
+        traces = {(block, part): of() for block, part, of in parts}
         return StreamState(self.past.frames + sum(self.sizes), last + 1, kept, traces)
 
-    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
-        start = self._from_past()
+    def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
+        start = self._from_past(part)
         state = start[0] if start else None
         if len(self.sizes) == 1:
             # The last frame reads nothing backwards.
             states = bidirectional_states(transition, increment, state)
-            self._traces.append(lambda: (states[:, -1].clone(),))
+            self._leave(part, lambda: (states[:, -1].clone(),))
             return states
         forwards = scan_states(transition, increment, state)
-        self._traces.append(lambda: (forwards[:, -1].clone(),))
+        self._leave(part, lambda: (forwards[:, -1].clone(),))
         firsts = torch.zeros(sum(self.sizes), dtype=torch.bool, device=transition.device)
         firsts[list(accumulate(self.sizes[:-1], initial=0))] = True
         return forwards + _later_states(transition, increment, firsts[:, None, None, None])
 
-    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+    def around(
+        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
+    ) -> Tensor:
         assert dim == 1
-        tail = self._from_past()
+        tail = self._from_past(part)
         # Frames before the beginning are zeros to a convolution.
         x = torch.cat(tail + (x,), 1) if tail else F.pad(x, (0, 0) * (x.ndim - 2) + (reach, 0))
-        self._traces.append(lambda: (x[:, x.shape[1] - reach :].clone(),))
+        self._leave(part, lambda: (x[:, x.shape[1] - reach :].clone(),))
         results, first = [], 0
         for size, alike in groupby(self.sizes):
             count = len(list(alike))
@@ -83,36 +98,46 @@ class ChunkCausal(TimeAxis):
         return torch.cat(results, 1)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        part: str = "",
     ) -> Tensor:
         if real is not None:
             raise ValueError("chunk-causal attention reads padding as if it were real: give clips of one length")
         if dtype.itemsize > 1:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         area = q.shape[1] // sum(self.sizes)
-        if before := self._from_past():
+        if before := self._from_past(part):
             k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
         tokens = [area * size for _, size in self._known]
         keys, values = k.split(tokens, 1), v.split(tokens, 1)
         outs, ahead = [], self.past.chunks + len(self.sizes)
 
-        def seen(parts: Sequence[Tensor], chunk: int) -> Tensor:
-            return torch.cat(
-                [part for part, (each, _) in zip(parts, self._known, strict=True) if self._visible(each, chunk)], 1
-            )
+        def seen(of_chunks: Sequence[Tensor], by: int) -> Tensor:
+            pairs = zip(of_chunks, self._known, strict=True)
+            return torch.cat([tensor for tensor, (chunk, _) in pairs if self._visible(chunk, by)], 1)
 
-        for chunk, part in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
-            outs.append(super().attend(part, seen(keys, chunk), seen(values, chunk), scale, dtype))
-        self._traces.append(lambda: (seen(keys, ahead), seen(values, ahead)))
+        for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
+            outs.append(super().attend(queries, seen(keys, chunk), seen(values, chunk), scale, dtype))
+        self._leave(part, lambda: (seen(keys, ahead), seen(values, ahead)))
         return torch.cat(outs, 1)
 
     def _visible(self, chunk: int, by: int) -> bool:
         """Whether chunk `by` sees the keys of `chunk`."""
         return chunk <= by and (self.window is None or chunk == 0 or chunk >= by - self.window)
 
-    def _from_past(self) -> tuple[Tensor, ...]:
-        """What the part of the network that comes next in this pass needs of the past; empty at the beginning."""
-        return self.past.traces[len(self._traces)] if self.past.traces else ()
+    def _from_past(self, part: str) -> tuple[Tensor, ...]:
+        """What a part of the block needs of the past; empty at the beginning."""
+        return self.past.traces[self._block, part] if self.past.traces else ()
+
+    def _leave(self, part: str, trace: Callable[[], tuple[Tensor, ...]]) -> None:
+        if not torch.is_grad_enabled():  # a trace holds on to activations
+            self._traces[part] = trace
 
 
 def _later_states(transition: Tensor, increment: Tensor, firsts: Tensor) -> Tensor:

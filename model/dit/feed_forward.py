@@ -42,7 +42,8 @@ class GLUMBConvTemp(nn.Module):
         assert depthwise.bias is not None
         y = F.linear(glu_conv(y, depthwise.weight, depthwise.bias), self.point_conv.conv.weight.flatten(1))
         y = y.view(len(x), frames, height * width, -1)
-        return y.flatten(1, 2), time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time).flatten(1, 2)
+        around = time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time, part="t_conv")
+        return y.flatten(1, 2), around.flatten(1, 2)
 
     def _over_time(self, y: Tensor) -> Tensor:
         """(B, T, S, C), without a copy of it."""

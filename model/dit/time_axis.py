@@ -16,7 +16,10 @@ from longtake.kernels.gdn import bidirectional_states
 
 
 class TimeAxis:
-    """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens."""
+    """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens.
+
+    `part` names what of a block asks, for who keeps something of it.
+    """
 
     stretches = 1  # that the clip is cut into
 
@@ -28,16 +31,29 @@ class TimeAxis:
         """Of the `frames` that are held: the position of the first in the clip, and how many the clip has."""
         return 0, frames
 
-    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+    def of_block(self, number: int) -> TimeAxis:
+        """The axis as one block of the network sees it."""
+        return self
+
+    def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         """What every frame reads after a scan in both directions, as `bidirectional_states`."""
         return bidirectional_states(transition, increment)
 
-    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+    def around(
+        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
+    ) -> Tensor:
         """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
         return function(x)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        part: str = "",
     ) -> Tensor:
         """softmax(q k^T scale) v over all tokens of the clip: (B, N, H, D) each, computed in `dtype`.
 
@@ -73,23 +89,32 @@ class Padded(TimeAxis):
     def place(self, frames: int) -> tuple[int, int]:
         return self.axis.place(frames)
 
-    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+    def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         # What padding does not add, nobody reads: forwards it comes last, and backwards a state of zeros passes through
         # it, whatever its transitions. Branches lie one after another in the batch.
         padding = self.padding.repeat(len(increment) // len(self.padding), 1)[..., None, None, None]
-        return self.axis.states(transition, increment.masked_fill(padding, 0))
+        return self.axis.states(transition, increment.masked_fill(padding, 0), part)
 
-    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+    def around(
+        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
+    ) -> Tensor:
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.padding.shape
         # Frames outside a clip are zeros to a convolution.
-        return self.axis.around(x.masked_fill(self.padding.view(shape), 0), reach, function, dim)
+        return self.axis.around(x.masked_fill(self.padding.view(shape), 0), reach, function, dim, part)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        part: str = "",
     ) -> Tensor:
         assert real is None
-        return self.axis.attend(q, k, v, scale, dtype, self.tokens)
+        return self.axis.attend(q, k, v, scale, dtype, self.tokens, part)
 
 
 def _of_each_clip(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor) -> Tensor:

@@ -283,7 +283,7 @@ class WorldModel(nn.Module):
         modulation = self.t_block(time).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
             text = context.text[number] if isinstance(context.text, list) else context.text
-            others = text, context.mask, modulation, context.at, context.plucker, context.grid
+            others = text, context.mask, modulation, context.at.of_block(number), context.plucker, context.grid
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpointed(block, x, *others)
             else:

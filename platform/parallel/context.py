@@ -54,10 +54,12 @@ class ContextParallel(TimeAxis):
         assert frames == self.counts[self.rank], f"{frames} frames were given, this rank holds {self.counts[self.rank]}"
         return self.firsts[self.rank], sum(self.counts)
 
-    def states(self, transition: Tensor, increment: Tensor) -> Tensor:
+    def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         return shared_scan(self.peers, transition, increment)
 
-    def around(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1) -> Tensor:
+    def around(
+        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
+    ) -> Tensor:
         before = sum(self._reached_by(self.rank, holder, reach)[1] for holder in range(self.rank))
         return function(self._with_neighbours(x, reach, dim)).narrow(dim, before, x.shape[dim])
 
@@ -106,7 +108,14 @@ class ContextParallel(TimeAxis):
 
     @_eager
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        real: Tensor | None = None,
+        part: str = "",
     ) -> Tensor:
         batch, tokens, heads, channels = q.shape
         area = tokens // self.counts[self.rank]
