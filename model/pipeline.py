@@ -24,7 +24,7 @@ from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner
-from longtake.model.samplers.chunk_flow import chunk_flow_euler
+from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas
 from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
@@ -198,7 +198,7 @@ class WorldPipeline:
 
         def noise(chunk: int, length: int) -> Tensor:
             shape = image_latents.shape[1], length, *image_latents.shape[3:]
-            return clip_noise(shape, [_seed_of_chunk(seed, chunk) for seed in seeds], self.device)
+            return chunk_noise(shape, seeds, chunk, self.device)
 
         chunks = chunk_flow_euler(network, noise, sizes, sigmas, config.sampler.chunk_interval, image_latents)
         for number, latents in enumerate(chunks, 1):
@@ -277,11 +277,6 @@ def _finite(latents: Tensor, frames: int) -> Tensor:
     if not torch.isfinite(latents).all():
         raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
     return latents
-
-
-def _seed_of_chunk(seed: int, chunk: int) -> int:
-    """A seed of its own for each chunk of a clip."""
-    return int(np.random.SeedSequence((seed % 2**64, chunk)).generate_state(1)[0])
 
 
 def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | None = None) -> dict[str, int]:

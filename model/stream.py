@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -15,10 +16,9 @@ from longtake.model.state import StreamState
 
 
 class ChunkStream:
-    """A chunk-causal network with one text, and the chunks that it has kept: `state`, which may be set.
+    """A chunk-causal network with one text, and the chunks that it has kept.
 
-    camera: of all frames so far and those that will be asked for; it may be set, for what comes next. negative:
-    features and mask of the text that guidance moves away from.
+    camera: of the frames that will be asked for. negative: features and mask of the text that guidance moves away from.
     """
 
     def __init__(
@@ -29,13 +29,19 @@ class ChunkStream:
         camera: CameraFeatures | None = None,
         negative: tuple[Tensor, Tensor] | None = None,
     ):
-        self.model, self.camera, self.state = model, camera, StreamState()
+        self.model, self.camera, self.state, self._camera_from = model, camera, StreamState(), 0
         self.guidance = 1.0 if negative is None else model.config.sampler.guidance_scale
         if negative is not None:
             text, text_mask = torch.cat([negative[0], text]), torch.cat([negative[1], text_mask])
         with torch.no_grad():
             self.text, self.mask = model.read_text(text, of_sample=True), text_mask
         self._placed: tuple[tuple, Context] | None = None  # of the newest frames that were asked for
+
+    def going_on(self, state: StreamState, camera: CameraFeatures | None) -> ChunkStream:
+        """The same text after other chunks, with the camera of the frames that follow them."""
+        other = copy(self)
+        other.state, other.camera, other._camera_from, other._placed = state, camera, state.frames, None
+        return other
 
     @torch.no_grad()
     def velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -65,9 +71,10 @@ class ChunkStream:
         if self._placed is None or self._placed[0] != key:
             camera = None
             if self.camera is not None:
-                if (known := self.camera.conditions.shape[1]) < end:
-                    raise ValueError(f"the camera has {known} latent frames, {end} are needed")
-                camera = self.camera.frames(first, end)
+                start, stop = first - self._camera_from, end - self._camera_from
+                if (known := self.camera.conditions.shape[1]) < stop:
+                    raise ValueError(f"the camera has {known} latent frames, {stop} are needed")
+                camera = self.camera.frames(start, stop)
                 camera = CameraFeatures.cat([camera] * (len(self.mask) // len(camera.conditions)))  # guidance: twice
             self._placed = key, self.model.placed(self.text, self.mask, grid, camera, axis)
         context = self._placed[1]

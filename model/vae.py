@@ -6,7 +6,9 @@ uint8 (B, F, H, W, 3); F = 8 k + 1 frames give k + 1 latent frames, the first of
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKLLTX2Video
@@ -15,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     LTX2VideoResnetBlock3d,
     LTX2VideoUpsampler3d,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
 
@@ -95,70 +97,78 @@ def decode_latents(vae: AutoencoderKLLTX2Video, latents: Tensor, chunk: int = 8)
     A causal decoder keeps the last input frames of each convolution, so chunks equal decoding at once; memory does not
     grow with T. A decoder that is not causal is run on the whole clip.
     """
-    raw = denormalise(vae, latents).to(vae.dtype)
     if not vae.config["decoder_causal"]:
-        yield to_uint8(vae.decode(raw, return_dict=False)[0])
+        yield to_uint8(vae.decode(denormalise(vae, latents).to(vae.dtype), return_dict=False)[0])
         return
-    with _StreamingDecoder(vae) as decoder:
-        for piece in raw.split(chunk, dim=2):
-            yield to_uint8(decoder(piece))
+    past = None
+    for piece in latents.split(chunk, dim=2):
+        frames, past = decode_more(vae, piece, past)
+        yield frames
 
 
-class _StreamingDecoder:
-    """A causal LTX-2 decoder that continues where its last call ended."""
+@torch.no_grad()
+def decode_more(
+    vae: AutoencoderKLLTX2Video, latents: Tensor, past: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Frames uint8 (B, f, H, W, 3) of normalised latents (B, C, T, h, w) that follow the ones that left `past`, and the
+    past of what follows them. ValueError for a decoder that is not causal.
+    """
+    if not vae.config["decoder_causal"]:
+        raise ValueError("this autoencoder decodes whole videos: one that streams has vae decoder_causal=True")
+    left: dict[str, Tensor] = {}
+    with _streaming(vae.decoder, past or {}, left):
+        return to_uint8(vae.decoder(denormalise(vae, latents).to(vae.dtype), causal=True)), left
 
-    def __init__(self, vae: AutoencoderKLLTX2Video) -> None:
-        self.decoder = vae.decoder
 
-    def __enter__(self) -> _StreamingDecoder:
-        for module in self.decoder.modules():
-            if isinstance(module, LTX2VideoCausalConv3d):
-                module.forward = _StreamingConv(module)
-            elif isinstance(module, LTX2VideoUpsampler3d):
-                module.forward = _StreamingUpsample(module)
-        return self
+_one_at_a_time = threading.Lock()  # a decoder's layers are changed while it runs
 
-    def __exit__(self, *_: object) -> None:
-        for module in self.decoder.modules():
-            module.__dict__.pop("forward", None)
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents, causal=True)
+@contextmanager
+def _streaming(decoder: nn.Module, past: Mapping[str, Tensor], left: dict[str, Tensor]) -> Iterator[None]:
+    """A causal LTX-2 decoder goes on from what its convolutions kept of a video, and leaves that anew."""
+    with _one_at_a_time:
+        try:
+            for name, module in decoder.named_modules():
+                if isinstance(module, LTX2VideoCausalConv3d):
+                    module.forward = _StreamingConv(module, name, past, left)
+                elif isinstance(module, LTX2VideoUpsampler3d):
+                    module.forward = _StreamingUpsample(module, begun=bool(past))
+            yield
+        finally:
+            for module in decoder.modules():
+                module.__dict__.pop("forward", None)
 
 
 class _StreamingConv:
-    """A causal convolution with the last kernel-1 frames of the previous call on the left (at first: its first frame
-    repeated).
-    """
+    """A causal convolution with the last kernel-1 frames of the past on the left (at first: its first frame repeated)."""
 
-    def __init__(self, layer: LTX2VideoCausalConv3d) -> None:
-        self.layer = layer
-        self.tail: Tensor | None = None
+    def __init__(
+        self, layer: LTX2VideoCausalConv3d, name: str, past: Mapping[str, Tensor], left: dict[str, Tensor]
+    ) -> None:
+        self.layer, self.name, self.past, self.left = layer, name, past, left
 
     def __call__(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
-        past = self.layer.kernel_size[0] - 1
-        if self.tail is None:
-            self.tail = hidden_states[:, :, :1].expand(-1, -1, past, -1, -1)
-        hidden_states = torch.cat([self.tail, hidden_states], dim=2)
-        self.tail = hidden_states[:, :, hidden_states.shape[2] - past :].clone()
+        reach = self.layer.kernel_size[0] - 1
+        tail = self.past.get(self.name)
+        if tail is None:
+            tail = hidden_states[:, :, :1].expand(-1, -1, reach, -1, -1)
+        hidden_states = torch.cat([tail, hidden_states], dim=2)
+        self.left[self.name] = hidden_states[:, :, hidden_states.shape[2] - reach :].clone()
         return self.layer.conv(hidden_states)
 
 
 class _StreamingUpsample:
     """Depth-to-space upsampling whose leading frames are dropped once a video, not once a call."""
 
-    def __init__(self, layer: LTX2VideoUpsampler3d) -> None:
-        self.layer = layer
-        self.started = False
+    def __init__(self, layer: LTX2VideoUpsampler3d, begun: bool) -> None:
+        self.layer, self.begun = layer, begun
 
     def __call__(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
         out = self._to_space(self.layer.conv(hidden_states, causal=causal))
         if self.layer.residual:
             skip = self._to_space(hidden_states)
             out = out + skip.repeat(1, out.shape[1] // skip.shape[1], 1, 1, 1)
-        drop = 0 if self.started else self.layer.stride[0] - 1
-        self.started = True
-        return out[:, :, drop:]
+        return out[:, :, 0 if self.begun else self.layer.stride[0] - 1 :]
 
     def _to_space(self, x: Tensor) -> Tensor:
         stride_t, stride_h, stride_w = self.layer.stride

@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from longtake.model.camera.pose import intrinsics_from_fov
 from longtake.model.camera.trajectory import Trajectory
@@ -70,20 +71,46 @@ def parse_actions(
     Speeds in m/s and degrees a second (default: the key map's). Movement stays in the horizontal plane, whatever the
     pitch. ValueError for an unknown key map, unknown keys, and durations that are not positive whole numbers.
     """
-    if key_map not in KEY_MAPS:
-        near = difflib.get_close_matches(key_map, KEY_MAPS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown key map {key_map!r}: choose one of {', '.join(KEY_MAPS)}{hint}")
-    keys = KEY_MAPS[key_map]
-    held = _held_keys(text, keys)
-    poses = _roll_out(
-        held,
-        keys,
-        1 / fps,
-        keys.translation_speed if translation_speed is None else translation_speed,
-        keys.rotation_speed if rotation_speed is None else rotation_speed,
-    )
-    return Trajectory(poses, intrinsics_from_fov(fov_deg, image_size), image_size, fps, actions=text)
+    steering = Steering(key_map, fps, translation_speed, rotation_speed)
+    poses, _ = steering.move(text)
+    c2w = torch.cat([torch.eye(4)[None], poses])
+    return Trajectory(c2w, intrinsics_from_fov(fov_deg, image_size), image_size, fps, actions=text)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where a steered camera is and how it moves: position (x, z) in metres, yaw to the right and pitch up in radians,
+    velocity as shares of full speed (forward, right, yaw, pitch)."""
+
+    position: tuple[float, float] = (0.0, 0.0)
+    yaw: float = 0.0
+    pitch: float = 0.0
+    velocity: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What keys do at `fps` frames a second; speeds in m/s and degrees a second, by default the key map's."""
+
+    key_map: str = "official"
+    fps: float = 16.0
+    translation_speed: float | None = None
+    rotation_speed: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.key_map not in KEY_MAPS:
+            near = difflib.get_close_matches(self.key_map, KEY_MAPS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown key map {self.key_map!r}: choose one of {', '.join(KEY_MAPS)}{hint}")
+
+    def move(self, text: str, motion: Motion = Motion()) -> tuple[Tensor, Motion]:  # noqa: B008  # it is frozen
+        """N frames of actions from `motion` on: c2w (N, 4, 4), and the motion after them. ValueError as in
+        `parse_actions`.
+        """
+        keys = KEY_MAPS[self.key_map]
+        speed = keys.translation_speed if self.translation_speed is None else self.translation_speed
+        turn_speed = keys.rotation_speed if self.rotation_speed is None else self.rotation_speed
+        return _roll_out(_held_keys(text, keys), keys, 1 / self.fps, speed, turn_speed, motion)
 
 
 def random_actions(frames: int, seed: int, key_map: str = "official") -> str:
@@ -122,11 +149,16 @@ def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
 
 
 def _roll_out(
-    held: list[tuple[int, int, int, int]], key_map: KeyMap, seconds: float, speed: float, turn_speed: float
-) -> torch.Tensor:
-    """Integrate velocities in double precision: c2w (N + 1, 4, 4)."""
-    velocity, yaw, pitch, position = [0.0] * 4, 0.0, 0.0, [0.0, 0.0]
-    poses = [_pose(yaw, pitch, position)]
+    held: list[tuple[int, int, int, int]],
+    key_map: KeyMap,
+    seconds: float,
+    speed: float,
+    turn_speed: float,
+    motion: Motion,
+) -> tuple[Tensor, Motion]:
+    """Integrate velocities in double precision: c2w (N, 4, 4)."""
+    velocity, yaw, pitch, position = [*motion.velocity], motion.yaw, motion.pitch, [*motion.position]
+    poses = []
     for target in held:
         for axis in range(4):
             tau = key_map.press if target[axis] else key_map.coast
@@ -139,10 +171,10 @@ def _roll_out(
         position[0] += speed * (forward * math.sin(yaw) + right * math.cos(yaw))
         position[1] += speed * (forward * math.cos(yaw) - right * math.sin(yaw))
         poses.append(_pose(yaw, pitch, position))
-    return torch.stack(poses)
+    return torch.stack(poses), Motion(tuple(position), yaw, pitch, tuple(velocity))  # type: ignore[arg-type]
 
 
-def _pose(yaw: float, pitch: float, position: list[float]) -> torch.Tensor:
+def _pose(yaw: float, pitch: float, position: list[float]) -> Tensor:
     """c2w of a camera at (x, z) that turned right by `yaw` and looks up by `pitch`, radians."""
     (cy, sy), (cp, sp) = (math.cos(yaw), math.sin(yaw)), (math.cos(pitch), math.sin(pitch))
     return torch.tensor(

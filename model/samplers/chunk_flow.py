@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.model.samplers.flow_euler import shift_sigma
+from longtake.model.samplers.flow_euler import clip_noise, shift_sigma
 
 # Shares of the ways in which the sigmas of a training clip's chunks go together.
 _ALIKE, _RISING, _RISING_TO_LAST = 0.1, 0.4, 0.4  # the rest has clean chunks before noisy ones
@@ -36,6 +37,12 @@ def chunk_training_sigma(normal: Tensor, way: Tensor, place: Tensor, others: Ten
     clean = (1 + (place[:, None] * (count - 1)).long()).clamp(max=count - 1)
     sigma = torch.where(way < _ALIKE + _RISING + _RISING_TO_LAST, rising, anchor * (chunk >= clean))
     return shift_sigma(torch.where(way < _ALIKE, anchor, sigma), shift)
+
+
+def chunk_noise(shape: Sequence[int], seeds: Sequence[int], chunk: int, device: torch.device | str) -> Tensor:
+    """Unit noise (len(seeds), *shape) that depends on a clip's seed and the chunk's number alone."""
+    mixed = (np.random.SeedSequence((seed % 2**64, chunk)).generate_state(1)[0] for seed in seeds)
+    return clip_noise(shape, [int(seed) for seed in mixed], device)
 
 
 class ChunkNetwork(Protocol):

@@ -1,0 +1,240 @@
+"""A session: one video that goes on for as long as someone steers it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from longtake.model.camera import Motion, Steering, intrinsics_from_fov
+from longtake.model.camera.features import camera_features
+from longtake.model.pipeline import ImageInput, WorldPipeline
+from longtake.model.samplers.chunk_flow import chunk_noise
+from longtake.model.samplers.flow_euler import euler, sampler_sigmas
+from longtake.model.state import StreamState
+from longtake.model.stream import ChunkStream
+from longtake.model.vae import decode_more
+
+_FORMAT = 1  # of snapshots
+
+
+class SessionStopped(Exception):
+    """A chunk was given up between two of its steps; the session is as it was before."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step made. latents (1, C, t, h, w); frames uint8 (f, H, W, 3), the first chunk's begin with the image;
+    actions: those that were used; c2w (f, 4, 4): their poses, from the session's first camera.
+    """
+
+    number: int
+    latents: Tensor
+    frames: np.ndarray
+    actions: str
+    c2w: Tensor
+
+
+@dataclass(frozen=True)
+class _Past:
+    """All that changes in a session; never changed itself."""
+
+    stream: StreamState = StreamState()
+    video: dict[str, Tensor] = field(default_factory=dict)
+    motion: Motion = Motion()
+
+
+class Session:
+    """A video from an image and a caption. Its chunks depend on these, the seed and the actions alone.
+
+    A step either succeeds and is kept, or the session stays as it was. fov_deg: horizontal field of view; steering:
+    what the keys do, at the model's frames a second. ValueError for weights that cannot go on, and for a bad image.
+    """
+
+    def __init__(
+        self,
+        pipeline: WorldPipeline,
+        image: ImageInput,
+        caption: str = "",
+        seed: int = 0,
+        fov_deg: float = 75.0,
+        steering: Steering | None = None,
+    ):
+        config = pipeline.config
+        _check(pipeline)
+        steering = Steering(config.key_map, config.fps) if steering is None else steering
+        intrinsics = intrinsics_from_fov(fov_deg, config.image_size)
+        text, mask = pipeline.encode_text([caption])
+        self._begin(pipeline, pipeline.encode_image(image), text, mask, seed, intrinsics, steering)
+
+    def _begin(
+        self,
+        pipeline: WorldPipeline,
+        image: Tensor,
+        text: Tensor,
+        mask: Tensor,
+        seed: int,
+        intrinsics: Tensor,
+        steering: Steering,
+    ) -> None:
+        self._pipeline, self._image, self._text, self._mask = pipeline, image, text, mask
+        self._seed, self._intrinsics, self._steering = seed, intrinsics, steering
+        self._past = _Past()
+        negative = pipeline.encode_text([""], negative=True) if pipeline.config.sampler.guidance_scale != 1 else None
+        self._network = ChunkStream(pipeline.modules["dit"], text, mask, negative=negative)  # type: ignore[arg-type]
+
+    @property
+    def frames(self) -> int:
+        """Of the video so far."""
+        latents, stride = self._past.stream.frames, self._pipeline.config.vae_stride[0]
+        return stride * (latents - 1) + 1 if latents else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the session's past takes on its device; constant after the first few chunks, where the model's
+        window is bounded.
+        """
+        return self._past.stream.nbytes + sum(tensor.nbytes for tensor in self._past.video.values())
+
+    @property
+    def actions_per_chunk(self) -> int:
+        """Frames of actions that one step takes."""
+        config = self._pipeline.config
+        return config.vae_stride[0] * config.chunk_size
+
+    def step(self, actions: str = "", stop: Callable[[], bool] | None = None) -> Chunk:
+        """The next chunk, in which the camera does what `actions` say, such as "w-16,dw-8", and then holds its keys
+        up; nothing holds them up all the time.
+
+        stop: asked before each step of the sampler; when it says so, SessionStopped. ValueError for actions that are
+        wrong or longer than a chunk, and after the last position that the model knows.
+        """
+        config, past, first = self._pipeline.config, self._past, self._past.stream.frames
+        actions = self._filled(actions)
+        poses, motion = self._steering.move(actions, past.motion)
+        # Features are relative to the first camera, which stands where no keys were held.
+        path = torch.cat([torch.eye(4)[None], poses])[None]
+        camera = camera_features(
+            path, self._intrinsics.expand(1, path.shape[1], 4), config.image_size, config.vae_stride
+        )
+        length = camera.conditions.shape[1] - (1 if first else 0)
+        if first + length > config.max_latent_frames:
+            raise ValueError(
+                f"the model knows {config.max_latent_frames} latent frames, and the session has had {first}: reset it"
+            )
+        camera = camera.frames(1, length + 1) if first else camera
+        network = self._network.going_on(past.stream, camera.to(self._pipeline.device))
+        shape = self._image.shape[1], length, *self._image.shape[3:]
+        noise = chunk_noise(shape, [self._seed], past.stream.chunks, self._pipeline.device)
+        if not first:
+            noise[:, :, :1] = self._image
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            if stop is not None and stop():
+                raise SessionStopped(f"chunk {past.stream.chunks} was stopped")
+            return network.velocity(x, timestep, [length])
+
+        latents = euler(velocity, noise, sampler_sigmas(config.sampler), 0 if first else 1)
+        if not latents.isfinite().all():
+            raise ValueError(f"these weights diverge after {first} latent frames: reset the session")
+        network.keep(latents, [length])
+        frames, video = decode_more(self._pipeline.modules["vae"], latents, past.video)  # type: ignore[arg-type]
+        images = frames[0].cpu().numpy()
+        self._past = _Past(network.state, video, motion)
+        return Chunk(past.stream.chunks, latents, images, actions, poses if first else path[0])
+
+    def _filled(self, actions: str) -> str:
+        """The actions, then no keys for the rest of a chunk."""
+        length = 0
+        if actions:
+            length = len(self._steering.move(actions)[0])
+        if length > self.actions_per_chunk:
+            raise ValueError(f"{length} frames of actions are more than a chunk's {self.actions_per_chunk}: give fewer")
+        rest = self.actions_per_chunk - length
+        return ",".join([*([actions] if actions else []), *([f"none-{rest}"] if rest else [])])
+
+    def clone(self) -> Session:
+        """One that goes on from here by itself; what both have had is not copied."""
+        return copy(self)
+
+    def reset(self) -> None:
+        """To the beginning, the image."""
+        self._past = _Past()
+
+    def snapshot(self) -> bytes:
+        """All of the session but the weights, which `restore` turns into one again, in this process or another: a
+        safetensors file.
+        """
+        stream = self._past.stream
+        tensors = {"image": self._image, "text": self._text, "mask": self._mask, "intrinsics": self._intrinsics}
+        tensors |= {f"video.{name}": tensor for name, tensor in self._past.video.items()}
+        for (block, part), trace in stream.traces.items():
+            tensors |= {f"stream.{block}.{part}.{number}": tensor for number, tensor in enumerate(trace)}
+        about = {
+            "format": _FORMAT,
+            "config": dataclasses.asdict(self._pipeline.config),
+            "stream": {"frames": stream.frames, "chunks": stream.chunks, "kept": stream.kept},
+            "motion": dataclasses.asdict(self._past.motion),
+            "steering": dataclasses.asdict(self._steering),
+            "seed": self._seed,
+        }
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        about_bytes = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        return save_tensors({**whole, "about": about_bytes})
+
+    @classmethod
+    def restore(cls, pipeline: WorldPipeline, data: bytes) -> Session:
+        """The session of which `data` is a snapshot. ValueError when it is none, or one of another model."""
+        _check(pipeline)
+        try:
+            tensors = load_tensors(data)
+            about: dict[str, Any] = json.loads(bytes(tensors.pop("about").tolist()))
+            known = about["format"]
+        except Exception as error:  # safetensors' own, of a file cut or foreign
+            raise ValueError(f"this is not the snapshot of a session: {error}") from None
+        if known != _FORMAT:
+            raise ValueError(f"this snapshot has format {known}, this version reads {_FORMAT}")
+        if about["config"] != json.loads(json.dumps(dataclasses.asdict(pipeline.config))):
+            raise ValueError(f"this snapshot is of a session of other weights than these of {pipeline.config.name!r}")
+        tensors = {name: tensor.to(pipeline.device) for name, tensor in tensors.items()}
+        session = cls.__new__(cls)
+        session._begin(
+            pipeline,
+            *(tensors[name] for name in ("image", "text", "mask")),
+            about["seed"],
+            tensors["intrinsics"].cpu(),
+            Steering(**about["steering"]),
+        )
+        traces: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+        for name in sorted(tensors):  # and so by number
+            if name.startswith("stream."):
+                _, block, part, _ = name.split(".")
+                traces[int(block), part] = (*traces.get((int(block), part), ()), tensors[name])
+        stream = StreamState(**dict(about["stream"], kept=tuple(map(tuple, about["stream"]["kept"]))), traces=traces)
+        video = {name.removeprefix("video."): x for name, x in tensors.items() if name.startswith("video.")}
+        moved = about["motion"]
+        motion = Motion(tuple(moved["position"]), moved["yaw"], moved["pitch"], tuple(moved["velocity"]))
+        session._past = _Past(stream, video, motion)
+        return session
+
+
+def _check(pipeline: WorldPipeline) -> None:
+    """ValueError when a pipeline cannot make a video go on."""
+    config = pipeline.config
+    if not config.chunk_causal:
+        raise ValueError(f"the weights of {config.name!r} see the whole clip at once: use chunk-causal ones")
+    for part in ("text", "vae", "dit"):
+        if part not in pipeline.modules:
+            raise ValueError(f"this pipeline was loaded without {part!r}: add it to `parts`")
+    vae: Any = pipeline.modules["vae"]
+    if not vae.config["decoder_causal"]:
+        raise ValueError("this autoencoder decodes whole videos: a session needs one with decoder_causal=True")

@@ -1,0 +1,155 @@
+"""Sessions: what one makes is what a rollout makes, and nothing but a chunk that succeeded changes one."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longtake.model.camera import Steering, parse_actions
+from longtake.model.config import SamplerConfig, WorldModelConfig
+from longtake.model.pipeline import WorldPipeline
+from longtake.platform.engine import Session, SessionStopped
+
+pytestmark = pytest.mark.cpu
+
+FEW = SamplerConfig(2, 4.0, 1.0, timesteps=(1000, 800, 0), chunk_interval=1)
+
+
+def build(config: WorldModelConfig) -> WorldPipeline:
+    pipeline = WorldPipeline.from_config(config)
+    for parameter in pipeline.modules["dit"].parameters():  # what starts at zero would hide its inputs
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return pipeline
+
+
+@pytest.fixture
+def streaming(small_config: WorldModelConfig) -> WorldModelConfig:
+    return dataclasses.replace(
+        small_config, softmax_dtype="float32", chunk_causal=True, chunk_window=1, sampler=FEW, fps=16.0
+    )
+
+
+@pytest.fixture
+def pipeline(streaming: WorldModelConfig) -> WorldPipeline:
+    return build(streaming)
+
+
+@pytest.fixture
+def image(streaming: WorldModelConfig) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*streaming.image_size, 3), dtype=np.uint8)
+
+
+def same(one, other) -> bool:
+    return torch.equal(one.latents, other.latents) and np.array_equal(one.frames, other.frames)
+
+
+def test_a_session_makes_what_a_rollout_of_its_path_makes(pipeline, image):
+    session = Session(pipeline, image, "a hall", seed=5)
+    steps = ["w-24", "dw-16", "s-10,jw-14"]
+    chunks = [session.step(actions) for actions in steps]
+    assert [chunk.actions for chunk in chunks] == ["w-24", "dw-16,none-8", "s-10,jw-14"]
+    assert [chunk.number for chunk in chunks] == [0, 1, 2] and session.frames == 73
+    path = parse_actions("w-24,dw-16,none-8,s-10,jw-14", image_size=pipeline.config.image_size)
+    torch.testing.assert_close(torch.cat([chunk.c2w for chunk in chunks]), path.c2w)
+    true = pipeline.generate([image], ["a hall"], [path], seeds=[5])
+    torch.testing.assert_close(torch.cat([chunk.latents for chunk in chunks], 2), true, rtol=1e-4, atol=1e-5)
+    frames = np.concatenate([chunk.frames for chunk in chunks]).astype(int)
+    assert frames.shape[0] == 73 and abs(frames - pipeline.decode(true)).max() <= 1
+
+
+def test_a_clone_goes_on_by_itself_and_a_reset_begins_again(pipeline, image):
+    session = Session(pipeline, image)
+    first = session.step("w-24")
+    other = session.clone()
+    left, right = session.step("a-24"), other.step("d-24")
+    assert not same(left, right)
+    assert same(other.clone().step("w-8"), other.step("w-8"))
+    session.reset()
+    assert session.frames == 0 and same(session.step("w-24"), first)
+    assert same(session.step("a-24"), left)
+    assert not same(Session(pipeline, image, seed=1).step("w-24"), first)
+
+
+def test_a_chunk_that_fails_or_is_stopped_leaves_no_trace(pipeline, image, monkeypatch):
+    session = Session(pipeline, image)
+    session.step("w-24")
+    truth = session.clone().step("d-24")
+    asked = iter([False, True])
+    with pytest.raises(SessionStopped, match="chunk 1 was stopped"):
+        session.step("a-24", stop=lambda: next(asked))
+    with pytest.raises(ValueError, match="25 frames of actions are more than a chunk's 24"):
+        session.step("w-25")
+    with pytest.raises(ValueError, match="unknown keys x"):
+        session.step("x-2")
+    with monkeypatch.context() as patch:
+        patch.setattr("longtake.platform.engine.session.decode_more", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.step("a-24")
+    assert session.frames == 25 and same(session.step("d-24"), truth)
+
+
+def test_what_a_session_keeps_does_not_grow(pipeline, image):
+    session = Session(pipeline, image)
+    sizes = []
+    for _ in range(4):
+        session.step("w-24")
+        sizes.append(session.nbytes)
+    assert sizes[1] == sizes[2] == sizes[3] > 0
+
+
+def test_a_snapshot_goes_on_in_another_process_bit_for_bit(pipeline, image, streaming, tmp_path):
+    pipeline.save_pretrained(tmp_path / "weights", torch.float32)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    session = Session(pipeline, image, "a hall", seed=3, steering=Steering(translation_speed=2.0))
+    session.step("w-24")
+    session.step("dw-24")
+    (tmp_path / "session").write_bytes(session.snapshot())
+    program = (
+        "import sys, numpy as np, torch\n"
+        "from pathlib import Path\n"
+        "from longtake.model import weights\n"
+        "from longtake.model.pipeline import WorldPipeline, _build\n"
+        "from longtake.platform.engine import Session\n"
+        "torch.set_num_threads(2)\n"
+        "folder = Path(sys.argv[1])\n"
+        "import json\n"
+        "config = weights.config_from_dict(json.loads((folder / 'weights/config.json').read_text()))\n"
+        "modules = {part: weights.load_part(_build(part, config), folder / 'weights', part)\n"
+        "           for part in ('text', 'vae', 'dit')}\n"
+        "session = Session.restore(WorldPipeline(config, modules), (folder / 'session').read_bytes())\n"
+        "chunk = session.step('aw-24')\n"
+        "np.savez(folder / 'chunk.npz', latents=chunk.latents, frames=chunk.frames, c2w=chunk.c2w)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, true = np.load(tmp_path / "chunk.npz"), session.step("aw-24")
+    assert np.array_equal(found["latents"], true.latents) and np.array_equal(found["frames"], true.frames)
+    assert np.array_equal(found["c2w"], true.c2w)
+
+
+def test_what_cannot_go_on_is_refused(pipeline, image, streaming, small_config):
+    with pytest.raises(ValueError, match="see the whole clip at once: use chunk-causal ones"):
+        Session(WorldPipeline.from_config(small_config, parts=()), image)
+    with pytest.raises(ValueError, match="loaded without 'vae'"):
+        Session(WorldPipeline.from_config(streaming, parts=("text", "dit")), image)
+    with pytest.raises(ValueError, match="needs one with decoder_causal=True"):
+        whole = dataclasses.replace(streaming, vae=streaming.vae | {"decoder_causal": False})
+        Session(WorldPipeline.from_config(whole), image)
+    data = Session(pipeline, image).snapshot()
+    for wrong in (b"", data[:100], b"x" * 1000):
+        with pytest.raises(ValueError, match="this is not the snapshot of a session"):
+            Session.restore(pipeline, wrong)
+    other = dataclasses.replace(streaming, chunk_window=2)
+    with pytest.raises(ValueError, match="of a session of other weights than these of 'small'"):
+        Session.restore(build(other), data)
+    short = build(dataclasses.replace(streaming, max_latent_frames=5))
+    session = Session(short, image)
+    session.step("w-24")
+    with pytest.raises(ValueError, match="knows 5 latent frames, and the session has had 4: reset it"):
+        session.step("w-24")
