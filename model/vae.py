@@ -140,7 +140,7 @@ def _streaming(decoder: nn.Module, past: Mapping[str, Tensor], left: dict[str, T
 
 
 class _StreamingConv:
-    """A causal convolution with the last kernel-1 frames of the past on the left (at first: its first frame repeated)."""
+    """A causal convolution after the last kernel-1 frames of the past, at first its own first frame repeated."""
 
     def __init__(
         self, layer: LTX2VideoCausalConv3d, name: str, past: Mapping[str, Tensor], left: dict[str, Tensor]
