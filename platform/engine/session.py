@@ -209,7 +209,9 @@ class Session:
         session = cls.__new__(cls)
         session._begin(
             pipeline,
-            *(tensors[name] for name in ("image", "text", "mask")),
+            tensors["image"],
+            tensors["text"],
+            tensors["mask"],
             about["seed"],
             tensors["intrinsics"].cpu(),
             Steering(**about["steering"]),
