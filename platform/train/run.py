@@ -106,13 +106,13 @@ def configured(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
         raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")
     config = dataclasses.replace(preset, **stage.model)
     if config.chunk_causal and (stage.context_parallel > 1 or stage.pad):
-        raise ValueError(f"{stage.name}: clips of a chunk-causal model are neither shared nor padded: see --set")
+        raise ValueError(f"{stage.name}: clips of a chunk-causal model are neither shared nor padded: leave it")
     return config
 
 
 def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfig, folder: Path) -> None:
-    """ValueError when a world model to start from is of the wrong stage, reads less of a camera, or its blocks are of
-    other kinds.
+    """ValueError when a world model to start from is of the wrong stage, reads less of a camera or of the clip, or its
+    blocks are of other kinds.
     """
     record = folder.parent / "stage.json"
     if stage.init_from and record.is_file():
@@ -123,6 +123,10 @@ def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfi
                 f"{stage.name} starts from the weights of {' or '.join(stage.init_from)}: "
                 f"{folder.parent} is a run of {trained['name']}"
             )
+    if saved.chunk_causal and not config.chunk_causal:
+        raise ValueError(
+            f"{folder} sees no later chunk, {stage.name} trains a network that does: choose weights of a stage before"
+        )
     if saved.camera_branches not in ("both", config.camera_branches):
         raise ValueError(
             f"{folder} was trained with camera_branches {saved.camera_branches!r}, not {config.camera_branches!r}: "

@@ -165,11 +165,51 @@ _SANA_GDN = Stage(
     checkpoint_blocks=True,
 )
 
+_TINY_MINUTE = Stage(
+    name="stage3_minute",
+    objective="flow",
+    frames=961,
+    batch_size=4,
+    learning_rate=5e-4,
+    optimizer="muon",
+    steps=4_000,
+    warmup=50,
+    weight_decay=0.01,
+    ema=0.995,
+    options=dict(_FLOW),
+    init_from=("stage2_hybrid",),
+    cache="device",
+)
+_SANA_MINUTE = Stage(
+    name="stage3_minute",
+    objective="flow",
+    frames=961,
+    batch_size=32,
+    micro_batch_size=1,
+    learning_rate=1e-5,
+    schedule="constant",
+    steps=31_000,
+    eps=1e-10,
+    grad_clip=0.5,
+    options=dict(_FLOW, shift=9.95),
+    seed=3407,
+    init_from=("stage2_hybrid",),
+    context_parallel=2,
+    zero_stage=3,
+    checkpoint_blocks=True,
+)
+
 
 def _hybrid(gdn: Stage) -> Stage:
     """Stage 2: the values of stage 1, with softmax attention in the preset's blocks."""
     options = dict(gdn.options, replace_gdn=True)
     return dataclasses.replace(gdn, name="stage2_hybrid", options=options, model={}, init_from=(gdn.name,))
+
+
+def _causal(minute: Stage) -> Stage:
+    """Stage 4 begins: with the values of stage 3, its network learns to see no later chunk."""
+    model, origin = dict(chunk_causal=True), (minute.name,)
+    return dataclasses.replace(minute, name="stage4_causal", model=model, init_from=origin, context_parallel=1)
 
 
 _TABLE: dict[str, tuple[Stage, ...]] = {
@@ -192,21 +232,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
         ),
         _TINY_GDN,
         _hybrid(_TINY_GDN),
-        Stage(
-            name="stage3_minute",
-            objective="flow",
-            frames=961,
-            batch_size=4,
-            learning_rate=5e-4,
-            optimizer="muon",
-            steps=4_000,
-            warmup=50,
-            weight_decay=0.01,
-            ema=0.995,
-            options=dict(_FLOW),
-            init_from=("stage2_hybrid",),
-            cache="device",
-        ),
+        _TINY_MINUTE,
+        _causal(_TINY_MINUTE),
         Stage(
             name="stage5_refiner",
             objective="refiner",
@@ -243,24 +270,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
         ),
         _SANA_GDN,
         _hybrid(_SANA_GDN),
-        Stage(
-            name="stage3_minute",
-            objective="flow",
-            frames=961,
-            batch_size=32,
-            micro_batch_size=1,
-            learning_rate=1e-5,
-            schedule="constant",
-            steps=31_000,
-            eps=1e-10,
-            grad_clip=0.5,
-            options=dict(_FLOW, shift=9.95),
-            seed=3407,
-            init_from=("stage2_hybrid",),
-            context_parallel=2,
-            zero_stage=3,
-            checkpoint_blocks=True,
-        ),
+        _SANA_MINUTE,
+        _causal(_SANA_MINUTE),
         Stage(
             # Published: the objective and the rank-384 LoRA. Batch, learning rate and steps are ours.
             name="stage5_refiner",

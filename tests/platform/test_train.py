@@ -53,6 +53,7 @@ MICRO = WorldModelConfig(
         decoder_spatial_padding_mode="zeros",
     ),
 )
+CAUSAL = dataclasses.replace(MICRO, chunk_causal=True, chunk_size=1)
 FRAMES = 17
 POSES, PINHOLES = np.tile(np.eye(4, dtype=np.float32), (FRAMES, 1, 1)), np.full((FRAMES, 4), 32, np.float32)
 
@@ -179,6 +180,7 @@ def runs(ray_cluster, sana_video_of, tmp_path_factory):
         dataclasses.replace(flow("from video", steps=1, learning_rate=0.0), init={"dit": str(folder / "video")}),
         settings(latents, folder / "hybrid", "stage2_hybrid", init=gdn, steps=1, learning_rate=0.0),
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
+        dataclasses.replace(settings(latents, folder / "causal", "stage4_causal", init, steps=2), config=CAUSAL),
     ]
     fit(folder / "ray", one)
     two = [flow("flow grown"), settings(clips, folder / "vae at two")]
@@ -320,7 +322,9 @@ def test_two_workers_average_and_export_the_same_weights(runs):
     assert {key: value.shape for key, value in partitioned.items()} == {key: value.shape for key, value in ours.items()}
 
 
-def test_weights_say_what_they_read_of_a_camera(runs):
+def test_weights_say_what_they_read_of_a_camera_and_of_later_chunks(runs):
+    assert json.loads((runs / "causal/weights/config.json").read_text())["chunk_causal"]
+    assert len(losses(runs / "causal")) == 2 and len(read_video(runs / "causal" / "sample.mp4")) == FRAMES
     assert json.loads((runs / "plucker/weights/config.json").read_text())["camera_branches"] == "plucker"
     trained = weights(runs / "plucker")
     assert trained["transformer/plucker_embedder.proj.weight"].any()  # both begin with zeros

@@ -85,6 +85,22 @@ def test_weights_that_read_less_of_a_camera_are_not_trained_with_more(trained, a
         run.run_stage("stage3_minute", arguments)
 
 
+@pytest.mark.parametrize("stage", ["stage3_minute", "stage4_causal"])
+def test_weights_that_see_no_later_chunk_are_not_trained_to_see_one(stage, tmp_path, capsys):
+    for part in ("transformer", "text_encoder"):
+        (tmp_path / part).mkdir()
+    save_config(dataclasses.replace(presets.get("tiny"), chunk_causal=True), tmp_path)
+    refused = pytest.raises(ValueError, match="trains a network that does: choose weights of a stage before")
+    with refused if stage == "stage3_minute" else contextlib.nullcontext():
+        run.run_stage(stage, ["--data", "latents", "--init", str(tmp_path), "--dry-run"])
+
+
+@pytest.mark.parametrize("changes", [["pad=True"], ["context_parallel=2"]])
+def test_clips_of_a_chunk_causal_model_are_not_cut_or_padded(changes):
+    with pytest.raises(ValueError, match="clips of a chunk-causal model are neither shared nor padded"):
+        run.run_stage("stage4_causal", ["--data", "latents", "--set", *changes])
+
+
 def test_a_stage_trains_the_preset_with_its_own_values(capsys):
     run.run_stage("stage1_gdn", ["--data", "latents", "--dry-run", "--set", "model.mlp_ratio=1.0"])
     config = json.loads(capsys.readouterr().out)["config"]
