@@ -75,18 +75,33 @@ class ChunkCausal(TimeAxis):
             return states
         forwards = scan_states(transition, increment, state)
         self._leave(part, lambda: (forwards[:, -1].clone(),))
-        firsts = torch.zeros(sum(self.sizes), dtype=torch.bool, device=transition.device)
-        firsts[list(accumulate(self.sizes[:-1], initial=0))] = True
-        return forwards + _later_states(transition, increment, firsts[:, None, None, None])
+        return forwards + self.later_states(transition, increment)
+
+    def later_states(self, transition: Tensor, increment: Tensor) -> Tensor:
+        """What the later frames of each chunk left, scanning backwards."""
+        begins = torch.zeros(sum(self.sizes), dtype=torch.bool)
+        begins[list(accumulate(self.sizes[:-1], initial=0))] = True
+        begins = begins[:, None, None, None].to(transition.device)
+
+        def shifted(x: Tensor) -> Tensor:
+            return torch.cat([torch.zeros_like(x[:, :1]), x.masked_fill(begins, 0)[:, 1:].flip(1)], 1)
+
+        return scan_states(shifted(transition), shifted(increment)).flip(1)
 
     def around(
         self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
     ) -> Tensor:
         assert dim == 1
         tail = self._from_past(part)
-        # Frames before the beginning are zeros to a convolution.
-        x = torch.cat(tail + (x,), 1) if tail else F.pad(x, (0, 0) * (x.ndim - 2) + (reach, 0))
+        x = self._after_reach(torch.cat(tail + (x,), 1) if tail else x, reach)
         self._leave(part, lambda: (x[:, x.shape[1] - reach :].clone(),))
+        return self.by_chunk(x, reach, function)
+
+    def by_chunk(self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function(x) chunk by chunk, each after the `reach` frames before it: x begins with those of the first chunk,
+        or with fewer where the clip does.
+        """
+        x = self._after_reach(x, reach)
         results, first = [], 0
         for size, alike in groupby(self.sizes):
             count = len(list(alike))
@@ -96,6 +111,11 @@ class ChunkCausal(TimeAxis):
             results.append(y[:, :, reach:].flatten(1, 2))
             first += count * size
         return torch.cat(results, 1)
+
+    def _after_reach(self, x: Tensor, reach: int) -> Tensor:
+        # Frames before the beginning are zeros to a convolution.
+        lacking = reach + sum(self.sizes) - x.shape[1]
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (lacking, 0)) if lacking else x
 
     def attend(
         self,
@@ -114,18 +134,22 @@ class ChunkCausal(TimeAxis):
         area = q.shape[1] // sum(self.sizes)
         if before := self._from_past(part):
             k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
-        tokens = [area * size for _, size in self._known]
-        keys, values = k.split(tokens, 1), v.split(tokens, 1)
         outs, ahead = [], self.past.chunks + len(self.sizes)
-
-        def seen(of_chunks: Sequence[Tensor], by: int) -> Tensor:
-            pairs = zip(of_chunks, self._known, strict=True)
-            return torch.cat([tensor for tensor, (chunk, _) in pairs if self._visible(chunk, by)], 1)
-
         for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
-            outs.append(super().attend(queries, seen(keys, chunk), seen(values, chunk), scale, dtype))
-        self._leave(part, lambda: (seen(keys, ahead), seen(values, ahead)))
+            runs = self._seen(chunk, area)
+            outs.append(super().attend(queries, _joined(k, runs), _joined(v, runs), scale, dtype))
+        self._leave(part, lambda: tuple(_joined(x, self._seen(ahead, area)).clone() for x in (k, v)))
         return torch.cat(outs, 1)
+
+    def _seen(self, by: int, area: int) -> list[tuple[int, int]]:
+        """Which of the keys here chunk `by` sees, as runs of tokens: (first, end) each."""
+        runs, end = [], 0
+        for chunk, size in self._known:
+            first, end = end, end + area * size
+            if self._visible(chunk, by):
+                joins = runs and runs[-1][1] == first
+                runs.append((runs.pop()[0], end) if joins else (first, end))
+        return runs
 
     def _visible(self, chunk: int, by: int) -> bool:
         """Whether chunk `by` sees the keys of `chunk`."""
@@ -140,10 +164,7 @@ class ChunkCausal(TimeAxis):
             self._traces[part] = trace
 
 
-def _later_states(transition: Tensor, increment: Tensor, firsts: Tensor) -> Tensor:
-    """What the later frames of each chunk left, scanning backwards; `firsts`: which frames begin a chunk."""
-
-    def shifted(x: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(x[:, :1]), x.masked_fill(firsts, 0)[:, 1:].flip(1)], 1)
-
-    return scan_states(shifted(transition), shifted(increment)).flip(1)
+def _joined(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """These tokens of x (B, N, H, D)."""
+    parts = [x[:, first:end] for first, end in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

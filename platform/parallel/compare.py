@@ -18,9 +18,10 @@ from torch import Tensor
 
 from longtake.model.camera import CameraFeatures, camera_features, parse_actions
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 from longtake.model.dit.world_model import WorldModel
-from longtake.platform.parallel.context import AttentionExchange, ContextParallel
+from longtake.platform.parallel.context import AttentionExchange, own_clip
 from longtake.platform.parallel.traffic import Shared, Traffic, account
 
 LIMIT = 1e-5  # of relative errors in float32
@@ -56,7 +57,7 @@ class Comparison:
 
 
 def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Comparison:
-    """The two ways of computing a clip, in float32 throughout.
+    """The two ways of computing a clip, in float32 throughout. Of a chunk-causal model, nobody says what is sent.
 
     The processes are started here: over gloo on CPUs, over NCCL on the first `layout.ranks` GPUs. Random weights, a
     batch of two clips of 2 x 3 tokens a frame.
@@ -67,7 +68,10 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
         processes.start_processes(_on_a_rank, arguments, nprocs=layout.ranks, start_method="spawn")  # type: ignore[attr-defined]
         cut = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(layout.ranks)]
     model, clip = _model_and_clip(config, layout, device)
-    velocity, loss = _velocity_and_loss(model, clip, layout)
+    whole = WHOLE_CLIP
+    if config.chunk_causal:
+        whole = ChunkCausal(chunk_sizes(layout.frames, config.chunk_size), config.chunk_window)
+    velocity, loss = _velocity_and_loss(model, clip, layout, whole)
     loss.backward()
     gradients = _gradients(model)
     if gradients.keys() != cut[0]["gradients"].keys():
@@ -77,6 +81,8 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
         "loss": _error(cut[0]["loss"], loss),
         "gradient": max(_error(cut[0]["gradients"][name], gradient) for name, gradient in gradients.items()),
     }
+    if config.chunk_causal:
+        return Comparison(errors, [])
     shared = Shared(layout.frames, layout.ranks, layout.attention, _CLIPS, math.prod(_AREA))
     traffic = (found for rank, each in enumerate(cut) for found in account(config, shared, rank, each["sent"]))
     return Comparison(errors, list(dict.fromkeys(traffic)))
@@ -91,7 +97,7 @@ def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str,
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
     try:
         model, clip = _model_and_clip(config, layout, where)
-        axis, camera = ContextParallel(layout.frames, attention=layout.attention), clip["camera"]
+        axis, camera = own_clip(config, layout.frames, layout.ranks, layout.attention), clip["camera"]
         clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
         clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
         model.checkpoint_blocks = True  # unlike the one process
@@ -135,7 +141,7 @@ def _model_and_clip(
 
 
 def _velocity_and_loss(
-    model: WorldModel, clip: dict[str, Any], layout: Layout, axis: TimeAxis = WHOLE_CLIP
+    model: WorldModel, clip: dict[str, Any], layout: Layout, axis: TimeAxis
 ) -> tuple[Tensor, Tensor]:
     """Velocity with zeros for padding, and a rank's share of its mean square over the clips' real frames."""
     counts = torch.tensor(layout.real or [layout.frames] * _CLIPS)[:, None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longtake.model.config import WorldModelConfig
 from longtake.model.dit.checkpointing import once
+from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.platform.parallel.peers import Peers, copied
 from longtake.platform.parallel.ring import ring_attention
@@ -35,15 +38,27 @@ class ContextParallel(TimeAxis):
     arrives next travels meanwhile. It suits any number of ranks, but beyond two they send more (traffic.py).
     """
 
-    def __init__(self, frames: int, group: dist.ProcessGroup | None = None, attention: AttentionExchange = "heads"):
+    reaches_later = True  # frames, as well as earlier ones
+
+    def __init__(
+        self,
+        frames: int | Sequence[int],
+        group: dist.ProcessGroup | None = None,
+        attention: AttentionExchange = "heads",
+    ):
+        """frames: or the frames of pieces that are not to be cut."""
         assert attention in get_args(AttentionExchange), attention
         self.peers = Peers(group or dist.group.WORLD)  # type: ignore[arg-type]
         self.rank, self.stretches, self.attention = self.peers.rank, self.peers.count, attention
-        if frames < self.stretches:
+        pieces = [1] * frames if isinstance(frames, int) else list(frames)
+        if len(pieces) < self.stretches:
+            what = "latent frames" if isinstance(frames, int) else "chunks"
             raise ValueError(
-                f"{frames} latent frames cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
+                f"{len(pieces)} {what} cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
             )
-        self.counts = even(frames, self.stretches)
+        ends = [0, *accumulate(even(len(pieces), self.stretches))]
+        self.pieces = [pieces[first:end] for first, end in pairwise(ends)]
+        self.counts = [sum(each) for each in self.pieces]
         self.firsts = [sum(self.counts[:rank]) for rank in range(self.stretches)]
 
     def held(self, x: Tensor, dim: int) -> Tensor:
@@ -103,7 +118,7 @@ class ContextParallel(TimeAxis):
         """Which frames of `holder` lie within `reach` of the stretch of `rank`: (first within holder's, count)."""
         first, last = self.firsts[holder], self.firsts[holder] + self.counts[holder]
         start = max(first, self.firsts[rank] - reach)
-        end = min(last, self.firsts[rank] + self.counts[rank] + reach)
+        end = min(last, self.firsts[rank] + self.counts[rank] + reach if self.reaches_later else self.firsts[rank])
         return (start - first, end - start) if rank != holder and start < end else (0, 0)
 
     @_eager
@@ -131,8 +146,14 @@ class ContextParallel(TimeAxis):
         shares = even(heads, self.stretches), [area * count for count in self.counts]
         to_heads, to_tokens = partial(self._resharded, *shares, 2, 1), partial(self._resharded, *shares[::-1], 1, 2)
         q, k, v = _Exchange.apply(to_heads, to_tokens, q, k, v)  # type: ignore[misc]
-        out = super().attend(q, k, v, scale, dtype, real)  # all tokens, some heads
+        out = self.attend_to_all(q, k, v, scale, dtype, real)
         return _Exchange.apply(to_tokens, to_heads, out)[0]  # type: ignore[index]
+
+    def attend_to_all(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None
+    ) -> Tensor:
+        """`attend` of all tokens and some of the heads."""
+        return super().attend(q, k, v, scale, dtype, real)
 
     def _resharded(self, cuts: list[int], joins: list[int], cut: int, join: int, *xs: Tensor) -> tuple[Tensor, ...]:
         """Of each x, all that is cut along one dimension, of which each rank gets its share, and joined along another,
@@ -163,13 +184,45 @@ class _Exchange(torch.autograd.Function):
         return None, None, *ctx.back(*gradients)
 
 
-def own_clip(frames: int, ranks: int, attention: AttentionExchange = "heads") -> ContextParallel:
-    """The time axis of this process when every `ranks` consecutive ranks of the world share a clip of `frames`.
+class SharedChunks(ContextParallel):
+    """As `ChunkCausal`, whole chunks on each rank: convolutions reach back alone, and one scan goes over the ranks."""
 
-    Collective: all ranks call it. ValueError when the world's size is no multiple of `ranks`.
+    reaches_later = False
+
+    def __init__(self, sizes: Sequence[int], window: int | None = None, group: dist.ProcessGroup | None = None):
+        super().__init__(sizes, group)
+        self.sizes, self.window = sizes, window
+        self._own = ChunkCausal(self.pieces[self.rank], window)
+
+    def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
+        return shared_scan(self.peers, transition, increment, both=False) + self._own.later_states(
+            transition, increment
+        )
+
+    def around(
+        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
+    ) -> Tensor:
+        return self._own.by_chunk(self._with_neighbours(x, reach, dim), reach, function)
+
+    def attend_to_all(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype, real: Tensor | None
+    ) -> Tensor:
+        return ChunkCausal(self.sizes, self.window).attend(q, k, v, scale, dtype, real)
+
+
+def own_clip(
+    config: WorldModelConfig, frames: int, ranks: int, attention: AttentionExchange = "heads"
+) -> ContextParallel:
+    """The time axis of this process when every `ranks` consecutive ranks of the world share a clip of `frames` latent
+    ones.
+
+    Collective: all ranks call it. ValueError when the world's size is no multiple of `ranks`, and where there are more
+    ranks than frames, or chunks.
     """
     group, _ = dist.new_subgroups(ranks)
     assert isinstance(group, dist.ProcessGroup)
+    if config.chunk_causal:
+        return SharedChunks(chunk_sizes(frames, config.chunk_size), config.chunk_window, group)
     return ContextParallel(frames, group, attention)
 
 

@@ -1,9 +1,9 @@
 """The GDN's scan in both directions over frames that lie on several ranks, as it would be on one.
 
-A rank at one of the clip's ends knows that a scan starts there from zeros: it makes that scan, and gives the state that
-is left at its end. The others carry what they know nothing of, the identity beside zeros, through their stretch, and
-give that map. States and maps go to the ranks that follow in either direction; applied one after another they are what
-a rank's own scans start from. Backwards the same happens to the states' gradients, with the transposed maps.
+The rank at which a scan begins knows that it starts from zeros: it makes that scan, and gives the state that is left
+at its end. The others carry what they know nothing of, the identity beside zeros, through their stretch, and give that
+map. States and maps go to the ranks that a scan passes later; applied one after another they are what a rank's own scan
+starts from. Backwards the same happens to the states' gradients, with the transposed maps, the other way round.
 
 Legend: B batch, T frames of this rank, H heads, V rows of a state, D channels.
 """
@@ -23,84 +23,99 @@ from longtake.platform.parallel.peers import Peers
 
 class _SharedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, peers: Peers, transition: Tensor, increment: Tensor) -> Tensor:
-        start, states, through = _scanned(peers, transition, increment)
-        ctx.peers = peers
+    def forward(ctx: Any, peers: Peers, both: bool, transition: Tensor, increment: Tensor) -> Tensor:
+        start, states, through = _scanned(peers, both, transition, increment)
+        ctx.peers, ctx.both = peers, both
         ctx.save_for_backward(transition, through, start, *states)
-        return states[0] + states[1]
+        return states[0] + states[1] if both else states[0].clone()  # what is saved may not be what is given
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_states: Tensor) -> Any:  # type: ignore[override]
         transition, through, start, *states = ctx.saved_tensors
-        _, adjoints, _ = _scanned(ctx.peers, transition, d_states, through)
-        return None, *to_maps(start, states, adjoints)
+        _, adjoints, _ = _scanned(ctx.peers, ctx.both, transition, d_states, through)
+        if not ctx.both:
+            nothing = torch.zeros_like(states[0])
+            states, adjoints = [*states, nothing], [*adjoints, nothing]
+        return None, None, *to_maps(start, states, adjoints)
 
 
 def _scanned(
-    peers: Peers, transition: Tensor, increment: Tensor, through: Tensor | None = None
+    peers: Peers, both: bool, transition: Tensor, increment: Tensor, through: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The two scans' starts (2, B, H, V, D) and states, and what this rank's stretch makes of a state that passes it,
-    (2, B, H, D, D), which is zeros at the clip's ends, where nobody asks. With the latter, the adjoint scans.
+    """Of each scan, forwards and if `both` backwards: its start (1 or 2, B, H, V, D) and states, and what this rank's
+    stretch makes of a state that passes it, (1 or 2, B, H, D, D), which is zeros where nobody asks. With the latter,
+    the adjoint scans.
     """
     adjoint, (b, _, h, rows, d) = through is not None, increment.shape
-    since = increment.new_zeros(2, b, h, rows, d)
-    known, states = _known(peers, adjoint), []
-    if known is not None:
-        states, end = carry(transition, increment, since[:1], adjoint, only=known)
-        since[known] = end[0]
-    elif adjoint:
-        _, since = carry(transition, increment, since, adjoint, keep=False)
-    else:
-        identity = torch.eye(rows + d, d, device=increment.device).roll(rows, 0).expand(2, b, h, -1, -1)
-        _, maps = once(lambda: carry(transition, increment, identity, keep=False))
-        since, through = maps[..., :rows, :], maps[..., rows:, :]
+    scans = range(2 if both else 1)
+    # Each scan passes the ranks in order or in reverse, its adjoint the other way round.
+    place = [peers.rank if (scan == 0) != adjoint else peers.count - 1 - peers.rank for scan in scans]
+    since = increment.new_zeros(len(scans), b, h, rows, d)
+    states: dict[int, Tensor] = {}
+
+    def carried(which: list[int], start: Tensor, keep: bool = True) -> tuple[list[Tensor], Tensor]:
+        only = None if len(which) == 2 else which[0]
+        return carry(transition, increment, start, adjoint, keep, only)
+
+    for scan in scans:
+        if place[scan] == 0:  # it begins here, from zeros
+            (states[scan],), since[scan : scan + 1] = carried([scan], since[scan : scan + 1].clone())
+    asked = [scan for scan in scans if 0 < place[scan] < peers.count - 1]
     if through is None:
-        through = increment.new_zeros(2, b, h, d, d)
+        through = increment.new_zeros(len(scans), b, h, d, d)
+        if asked:
+            identity = torch.eye(rows + d, d, device=increment.device).roll(rows, 0)
+            start = identity.expand(len(asked), b, h, -1, -1)
+            _, maps = once(lambda: carried(asked, start, keep=False))
+            since[_run(asked)], through[_run(asked)] = maps[..., :rows, :], maps[..., rows:, :]
+    elif asked:
+        since[_run(asked)] = carried(asked, since[_run(asked)].clone(), keep=False)[1]
     start = once(lambda: _folded(peers, through, since, adjoint))
-    if known is None:
-        states, _ = carry(transition, increment, start, adjoint)
-    else:
-        other, _ = carry(transition, increment, start[1 - known :][:1], adjoint, only=1 - known)
-        states = states + other if known == 0 else other + states
-    return start, states, through
+    if going_on := [scan for scan in scans if place[scan] > 0]:
+        states |= zip(going_on, carried(going_on, start[_run(going_on)])[0], strict=True)
+    return start, [states[scan] for scan in scans], through
 
 
-def _known(peers: Peers, adjoint: bool) -> int | None:
-    """The direction whose scan starts on this rank, if one does: 0 forwards, 1 backwards."""
-    if peers.rank not in (0, peers.count - 1):
-        return None
-    return int((peers.rank == 0) == adjoint)
+def _run(scans: list[int]) -> slice:
+    return slice(scans[0], scans[-1] + 1)
 
 
 def _folded(peers: Peers, through: Tensor, since: Tensor, adjoint: bool) -> Tensor:
-    """States (2, B, H, V, D) with which this rank's scans start: forwards what the earlier ranks' maps make of zeros,
-    backwards what the later ranks' do. The own maps: through (2, B, H, D, D), since (2, B, H, V, D).
+    """States with which this rank's scans start: what the maps of the ranks before it, in each one's order, make of
+    zeros. The own maps: through (1 or 2, B, H, D, D), since (1 or 2, B, H, V, D).
     """
-    if adjoint:  # gradients pass the stretches the other way round
-        return _folded(peers, through.transpose(-1, -2).flip(0), since.flip(0), False).flip(0)
-    forwards, backwards = torch.cat([since, through], dim=-2).unbind()
-    maps = forwards.new_empty(peers.count, *forwards.shape)
-    gives = [[forwards if rank > peers.rank else backwards] for rank in range(peers.count)]
-    peers.swap("states", gives, [[each] for each in maps])
-    return torch.stack(
-        [_applied(maps[: peers.rank], since[0]), _applied(maps[peers.rank + 1 :].flip(0), since[1])],
-    )
+    if adjoint:
+        through = through.transpose(-1, -2)
+    maps = torch.cat([since, through], dim=-2)
+    # A scan's maps go to the ranks that it passes later: with adjoint scans, the first one's to earlier ranks.
+    later, earlier = (maps[1:], maps[:1]) if adjoint else (maps[:1], maps[1:])
+    ranks = range(peers.count)
+    gives = [[*(later if rank > peers.rank else earlier if rank < peers.rank else [])] for rank in ranks]
+    counts = [len(earlier if rank > peers.rank else later if rank < peers.rank else []) for rank in ranks]
+    takes = [[maps.new_empty(maps.shape[1:]) for _ in range(count)] for count in counts]
+    peers.swap("states", gives, takes)
+    states = torch.zeros_like(since)
+    for scan in range(len(since)):
+        forwards = (scan == 0) != adjoint
+        before = takes[: peers.rank] if forwards else takes[: peers.rank : -1]
+        for (each,) in before:
+            states[scan] = _applied(each, states[scan])
+    return states
 
 
-def _applied(maps: Tensor, like: Tensor) -> Tensor:
-    """The maps (ranks, B, H, V + D, D), one after another, of a state of zeros."""
-    state, rows = torch.zeros_like(like), like.shape[-2]
-    for each in maps:
-        state = state @ each[..., rows:, :] + each[..., :rows, :]
-    return state
+def _applied(each: Tensor, state: Tensor) -> Tensor:
+    """The map (B, H, V + D, D) of a state (B, H, V, D)."""
+    rows = state.shape[-2]
+    return state @ each[..., rows:, :] + each[..., :rows, :]
 
 
 _shared_scan: Any = torch.compiler.disable(_SharedScan.apply)  # compiled blocks are cut here
 
 
-def shared_scan(peers: Peers, transition: Tensor, increment: Tensor) -> Tensor:
+def shared_scan(peers: Peers, transition: Tensor, increment: Tensor, both: bool = True) -> Tensor:
     """`bidirectional_states` of the frames of all peers, of which transition (B, T, H, D, D) and increment
-    (B, T, H, V, D) are this rank's: float32 (B, T, H, V, D). Collective, forwards and backwards.
+    (B, T, H, V, D) are this rank's: float32 (B, T, H, V, D). Without `both`, the scan forwards alone, `scan_states`.
+    Collective, forwards and backwards.
     """
-    return _shared_scan(peers, transition, increment)
+    return _shared_scan(peers, both, transition, increment)

@@ -68,7 +68,8 @@ class Worker:
         ).to(self.device)
         if self.stage.context_parallel > 1:
             frames = settings.config.latent_frames(self.stage.frames)
-            self.objective.time_axis = own_clip(frames, self.stage.context_parallel, self.stage.attention_exchange)
+            sharing = self.stage.context_parallel, self.stage.attention_exchange
+            self.objective.time_axis = own_clip(settings.config, frames, *sharing)
         if self.stage.checkpoint_blocks:
             self.objective.get_submodule("world_model").checkpoint_blocks = True  # type: ignore[assignment]
         self.trained = [p for p in self.objective.parameters() if p.requires_grad]

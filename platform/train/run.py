@@ -15,6 +15,7 @@ import ray
 from longtake.model import presets, sana_video, weights
 from longtake.model.checkpoint import local_folder
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.platform.observe import ray_cluster
 from longtake.platform.observe.notices import say
 from longtake.platform.store.files import refuse_url
@@ -51,10 +52,11 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
         stage = dataclasses.replace(stage, steps=args.steps)
     workers = stage.context_parallel if args.workers is None else args.workers
     stage.micro_batches(workers)
-    if stage.context_parallel > (latent_frames := config.latent_frames(stage.frames)):
-        raise ValueError(
-            f"context_parallel {stage.context_parallel} must be at most {latent_frames}, the latent frames of a clip"
-        )
+    pieces, of_what = config.latent_frames(stage.frames), "latent frames"
+    if config.chunk_causal:
+        pieces, of_what = len(chunk_sizes(pieces, config.chunk_size)), "chunks"
+    if stage.context_parallel > pieces:
+        raise ValueError(f"context_parallel {stage.context_parallel} must be at most {pieces}, the {of_what} of a clip")
     refuse_url("--run", args.run)
     if args.max_minutes is not None and args.max_minutes <= 0:
         raise ValueError(f"--max-minutes {args.max_minutes} must be positive")
@@ -105,8 +107,8 @@ def configured(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
     if unknown:
         raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")
     config = dataclasses.replace(preset, **stage.model)
-    if config.chunk_causal and (stage.context_parallel > 1 or stage.pad):
-        raise ValueError(f"{stage.name}: clips of a chunk-causal model are neither shared nor padded: leave it")
+    if config.chunk_causal and (stage.pad or stage.attention_exchange == "ring"):
+        raise ValueError(f"{stage.name}: a chunk-causal model trains with pad=False and attention_exchange=heads")
     return config
 
 

@@ -44,6 +44,15 @@ def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
     }
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("layout", [Layout(2, 8), Layout(3, 5)], ids=lambda layout: layout.name)
+def test_chunks_on_several_processes_give_the_same_gradients(layout: Layout, window: int | None):
+    # Of three ranks the last two hold a frame each, and convolutions reach past their neighbours.
+    causal = dataclasses.replace(CONFIG, chunk_causal=True, chunk_window=window, chunk_size=4 - layout.ranks)
+    assert max(compare(causal, layout).errors.values()) < LIMIT
+
+
 @pytest.mark.multigpu
 @pytest.mark.parametrize("attention", ["heads", "ring"])
 def test_a_clip_cut_between_gpus_gives_the_same_gradients(attention: AttentionExchange):

@@ -95,10 +95,17 @@ def test_weights_that_see_no_later_chunk_are_not_trained_to_see_one(stage, tmp_p
         run.run_stage(stage, ["--data", "latents", "--init", str(tmp_path), "--dry-run"])
 
 
-@pytest.mark.parametrize("changes", [["pad=True"], ["context_parallel=2"]])
-def test_clips_of_a_chunk_causal_model_are_not_cut_or_padded(changes):
-    with pytest.raises(ValueError, match="clips of a chunk-causal model are neither shared nor padded"):
-        run.run_stage("stage4_causal", ["--data", "latents", "--set", *changes])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("pad=True", "a chunk-causal model trains with pad=False"),
+        ("attention_exchange=ring", "and attention_exchange=heads"),
+        ("context_parallel=41", "context_parallel 41 must be at most 40, the chunks of a clip"),
+    ],
+)
+def test_what_a_chunk_causal_model_is_not_trained_with(change, message):
+    with pytest.raises(ValueError, match=message):
+        run.run_stage("stage4_causal", ["--data", "latents", "--set", change, "--workers", "41"])
 
 
 def test_a_stage_trains_the_preset_with_its_own_values(capsys):
