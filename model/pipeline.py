@@ -84,7 +84,8 @@ class WorldPipeline:
             weights.save_part(module, Path(folder), part, dtype)
         weights.save_config(self.config, Path(folder))
 
-    def _part(self, name: str) -> nn.Module:
+    def part(self, name: str) -> nn.Module:
+        """A loaded part. ValueError when it is not."""
         if name not in self.modules:
             raise ValueError(f"this pipeline was loaded without {name!r}: add it to `parts`")
         return self.modules[name]
@@ -116,12 +117,12 @@ class WorldPipeline:
     @torch.no_grad()
     def encode_video(self, frames: np.ndarray | Tensor) -> Tensor:
         """Latents (1, C, T, h, w) of uint8 frames (F, H, W, 3), F = 8 k + 1."""
-        return encode_frames(self._part("vae"), torch.as_tensor(np.array(frames), device=self.device)[None])  # type: ignore[arg-type]
+        return encode_frames(self.part("vae"), torch.as_tensor(np.array(frames), device=self.device)[None])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def encode_text(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
         """Features (B, L, D) and mask (B, L)."""
-        return self._part("text").encode(captions, negative)  # type: ignore[operator]
+        return self.part("text").encode(captions, negative)  # type: ignore[operator]
 
     @torch.no_grad()
     def rollout(
@@ -148,7 +149,7 @@ class WorldPipeline:
             )
             return torch.cat(list(chunks), 2)
         frames = self._latent_frames(camera, num_latent_frames, negative)
-        model: Any = self._part("dit")
+        model: Any = self.part("dit")
         sampler = self.config.sampler
         camera = None if camera is None else camera.to(self.device)
         _, channels, _, height, width = image_latents.shape
@@ -191,7 +192,7 @@ class WorldPipeline:
             raise ValueError(f"the weights of {config.name!r} see the whole clip at once: stream chunk-causal ones")
         frames = self._latent_frames(camera, num_latent_frames, negative)
         sigmas = sampler_sigmas(config.sampler, num_steps).tolist()
-        model: Any = self._part("dit")
+        model: Any = self.part("dit")
         camera = None if camera is None else camera.to(self.device)
         network = ChunkStream(model, text, text_mask, camera, None if config.sampler.guidance_scale == 1 else negative)
         sizes = chunk_sizes(frames, config.chunk_size)
@@ -234,7 +235,7 @@ class WorldPipeline:
 
         follow_camera=False leaves the camera out of the model, but for the length.
         """
-        config, negative = self.config, self._negative
+        config, negative = self.config, self.negative
         camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in trajectories])
         start = torch.cat([self.encode_image(image) for image in images])
         return self.rollout(
@@ -249,17 +250,17 @@ class WorldPipeline:
 
     @cached_property
     def _replay(self) -> Replay:
-        return Replay(self._part("dit"))  # type: ignore[arg-type]
+        return Replay(self.part("dit"))  # type: ignore[arg-type]
 
     @cached_property
-    def _negative(self) -> tuple[Tensor, Tensor] | None:
+    def negative(self) -> tuple[Tensor, Tensor] | None:
         """Features and mask of one negative prompt, where the preset uses guidance."""
         return self.encode_text([""], negative=True) if self.config.sampler.guidance_scale != 1 else None
 
     @torch.no_grad()
     def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:
         """Stage 2: refined latents of the same shape; the first latent frame is kept."""
-        refiner = self._part("refiner")
+        refiner = self.part("refiner")
         noise = clip_noise(latents.shape[1:], seeds, self.device)
         return refiner.refine(latents, noise, text, text_mask)  # type: ignore[operator]
 
@@ -269,7 +270,7 @@ class WorldPipeline:
 
     def decode_chunks(self, latents: Tensor) -> Iterator[np.ndarray]:
         """The frames of one clip as they are decoded, uint8 (f, H, W, 3) each; memory does not grow with the length."""
-        for frames in decode_latents(self._part("vae"), latents):  # type: ignore[arg-type]
+        for frames in decode_latents(self.part("vae"), latents):  # type: ignore[arg-type]
             yield frames[0].cpu().numpy()
 
 

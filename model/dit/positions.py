@@ -19,11 +19,13 @@ class RotaryTable:
         self._tables = [_table(2 * count, max_positions, theta) for count in _split(head_dim)]
         self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, grid: tuple[int, ...], device: torch.device, first: int = 0) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, grid: tuple[int, ...], device: torch.device, first: int = 0, clip: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """For a (T, height, width) grid whose first frame has position `first`: (N, D / 2, 2) for the main branch and
-        (N, D / 4, 2) for the camera branch.
+        (N, D / 4, 2) for the camera branch. ValueError when the grid, or the `clip`'s frames, are more than there are.
         """
-        if max(first + grid[0], *grid[1:]) > self.max_positions:
+        if max(clip, first + grid[0], *grid[1:]) > self.max_positions:
             at = f" from frame {first}" if first else ""
             raise ValueError(
                 f"a latent grid of {tuple(grid)}{at} exceeds the {self.max_positions} positions of this model"

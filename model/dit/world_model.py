@@ -293,8 +293,8 @@ class WorldModel(nn.Module):
     def _positions(
         self, grid: tuple[int, ...], camera: CameraFeatures | None, device: torch.device, time: TimeAxis
     ) -> Positions:
-        frames, (first, _) = grid[0], time.place(grid[0])
-        rope, camera_rope = self.rotary(grid, device, first)
+        frames, (first, whole) = grid[0], time.place(grid[0])
+        rope, camera_rope = self.rotary(grid, device, first, whole)
         if camera is None:
             return Positions(frames, rope, camera_rope, time=time)
         with torch.autocast(device.type, enabled=False):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.model.samplers.flow_euler import clip_noise, shift_sigma
+from longtake.model.samplers.flow_euler import clip_noise, euler_step, frame_timesteps, shift_sigma
 
 # Shares of the ways in which the sigmas of a training clip's chunks go together.
 _ALIKE, _RISING, _RISING_TO_LAST = 0.1, 0.4, 0.4  # the rest has clean chunks before noisy ones
@@ -64,14 +64,11 @@ class _Chunk:
     step: int = 0
 
     def timestep(self, sigmas: Sequence[float]) -> Tensor:
-        timestep = torch.full((len(self.x), self.x.shape[2]), 1000 * sigmas[self.step], device=self.x.device)
-        timestep[:, : self.frozen] = 0
-        return timestep
+        return frame_timesteps(self.x, sigmas[self.step], self.frozen)
 
     def move(self, velocity: Tensor, sigmas: Sequence[float]) -> None:
-        update = (sigmas[self.step + 1] - sigmas[self.step]) * velocity.float()
-        update[:, :, : self.frozen] = 0
-        self.x, self.step = self.x + update, self.step + 1
+        self.x = euler_step(self.x, velocity, sigmas[self.step], sigmas[self.step + 1], self.frozen)
+        self.step += 1
 
 
 def chunk_flow_euler(

@@ -47,6 +47,20 @@ def clip_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device 
     return torch.stack(noise).to(device)
 
 
+def frame_timesteps(x: Tensor, sigma: float, frozen_frames: int = 0) -> Tensor:
+    """1000 sigma for every frame of x (B, C, T, h, w), 0 for the first, frozen ones: (B, T)."""
+    timestep = torch.full((x.shape[0], x.shape[2]), 1000 * sigma, device=x.device)
+    timestep[:, :frozen_frames] = 0
+    return timestep
+
+
+def euler_step(x: Tensor, velocity: Tensor, sigma: float, following: float, frozen_frames: int = 0) -> Tensor:
+    """x, whose sigma was the first, at the following one; the first `frozen_frames` do not change."""
+    update = (following - sigma) * velocity.float()
+    update[:, :, :frozen_frames] = 0
+    return x + update
+
+
 def euler(
     velocity: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
@@ -62,11 +76,7 @@ def euler(
     steps = len(sigmas) - 1
     for step in range(steps):
         sigma, following = float(sigmas[step]), float(sigmas[step + 1])
-        timestep = torch.full((x.shape[0], x.shape[2]), 1000 * sigma, device=x.device)
-        timestep[:, :frozen_frames] = 0
-        update = (following - sigma) * velocity(x, timestep).float()
-        update[:, :, :frozen_frames] = 0
-        x = x + update
+        x = euler_step(x, velocity(x, frame_timesteps(x, sigma, frozen_frames)), sigma, following, frozen_frames)
         if progress:
             progress(step + 1, steps)
     return x

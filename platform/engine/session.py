@@ -89,8 +89,7 @@ class Session:
         self._pipeline, self._image, self._text, self._mask = pipeline, image, text, mask
         self._seed, self._intrinsics, self._steering = seed, intrinsics, steering
         self._past = _Past()
-        negative = pipeline.encode_text([""], negative=True) if pipeline.config.sampler.guidance_scale != 1 else None
-        self._network = ChunkStream(pipeline.modules["dit"], text, mask, negative=negative)  # type: ignore[arg-type]
+        self._network = ChunkStream(pipeline.part("dit"), text, mask, negative=pipeline.negative)  # type: ignore[arg-type]
 
     @property
     def frames(self) -> int:
@@ -147,7 +146,7 @@ class Session:
         if not latents.isfinite().all():
             raise ValueError(f"these weights diverge after {first} latent frames: reset the session")
         network.keep(latents, [length])
-        frames, video = decode_more(self._pipeline.modules["vae"], latents, past.video)  # type: ignore[arg-type]
+        frames, video = decode_more(self._pipeline.part("vae"), latents, past.video)  # type: ignore[arg-type]
         images = frames[0].cpu().numpy()
         self._past = _Past(network.state, video, motion)
         return Chunk(past.stream.chunks, latents, images, actions, poses if first else path[0])
@@ -234,9 +233,6 @@ def _check(pipeline: WorldPipeline) -> None:
     config = pipeline.config
     if not config.chunk_causal:
         raise ValueError(f"the weights of {config.name!r} see the whole clip at once: use chunk-causal ones")
-    for part in ("text", "vae", "dit"):
-        if part not in pipeline.modules:
-            raise ValueError(f"this pipeline was loaded without {part!r}: add it to `parts`")
-    vae: Any = pipeline.modules["vae"]
-    if not vae.config["decoder_causal"]:
+    _, vae, _ = (pipeline.part(name) for name in ("text", "vae", "dit"))
+    if not vae.config["decoder_causal"]:  # type: ignore[index]
         raise ValueError("this autoencoder decodes whole videos: a session needs one with decoder_causal=True")

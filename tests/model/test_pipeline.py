@@ -53,7 +53,7 @@ def test_guidance_takes_one_negative_prompt_for_all_clips(config):
     path = parse_actions("w-16", image_size=config.image_size, fov_deg=70)
     pipeline = WorldPipeline.from_config(guided)
     # Caption and camera begin without effect in random weights.
-    for block in pipeline._part("dit").blocks:  # type: ignore[union-attr]
+    for block in pipeline.part("dit").blocks:  # type: ignore[union-attr]
         torch.nn.init.normal_(block.cross_attn.proj.weight)
     both = pipeline.generate([image, image], ["a hall", "a yard"], [path, path], [1, 2])
     alone = pipeline.generate([image], ["a yard"], [path], [2])
@@ -63,7 +63,7 @@ def test_guidance_takes_one_negative_prompt_for_all_clips(config):
 
 
 def test_a_video_that_diverges_is_refused(pipeline):
-    for block in pipeline._part("dit").blocks:
+    for block in pipeline.part("dit").blocks:
         torch.nn.init.constant_(block.attn.proj.weight, torch.inf)
     with pytest.raises(ValueError, match="these weights diverge over 3 latent frames: ask for a shorter video"):
         generate(pipeline, np.zeros((64, 96, 3), dtype=np.uint8), [1])
@@ -81,7 +81,7 @@ def test_weights_that_read_less_of_a_camera_generate_without_the_rest(config, mo
     monkeypatch.setitem(presets._PRESETS, "small", config)
     WorldPipeline.from_config(dataclasses.replace(config, camera_branches="none")).save_pretrained(tmp_path)
     pipeline = WorldPipeline.from_pretrained("small", tmp_path)
-    for parameter in pipeline._part("dit").parameters():
+    for parameter in pipeline.part("dit").parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
     image, paths = np.zeros((64, 96, 3), dtype=np.uint8), [parse_actions(f"{key}-16", fov_deg=70) for key in "ws"]
     ahead, back = (pipeline.generate([image], ["a hall"], [path], [0]) for path in paths)

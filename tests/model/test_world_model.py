@@ -7,6 +7,7 @@ import torch
 
 from longtake.model.camera import CameraFeatures
 from longtake.model.dit.checkpointing import checkpointed, once
+from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.parity import CASES
 
@@ -61,3 +62,13 @@ def test_what_is_computed_once_is_kept_until_the_backward_pass():
     assert factors == [3.0]
     torch.testing.assert_close(x.grad, 2 * torch.full((1,), 2.0).exp())
     assert block(torch.ones(1)) == torch.full((1,), 3.0).exp()
+
+
+def test_a_stretch_of_a_clip_that_is_too_long_is_refused_wherever_it_lies(config):
+    class Beginning(TimeAxis):
+        def place(self, frames):
+            return 0, config.max_latent_frames + 1
+
+    model, (latents, timestep, text, mask, _) = model_and_inputs(config)
+    with pytest.raises(ValueError, match="exceeds the 1024 positions of this model"):
+        model(latents, timestep, text, mask, time_axis=Beginning())
