@@ -12,6 +12,8 @@ import json
 import torch
 
 from longtake.model import presets
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
@@ -25,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     config = presets.get(args.preset)
     if args.depth:
         config = dataclasses.replace(config, depth=args.depth)
-    layouts = [_layout(text, attention) for text in args.layouts for attention in args.attention]
+    exchanges: list[AttentionExchange] = args.attention or (["heads"] if config.chunk_causal else ["heads", "ring"])
+    layouts = [_layout(text, attention, config) for text in args.layouts for attention in exchanges]
     if args.device == "cuda" and (needed := max(layout.ranks for layout in layouts)) > torch.cuda.device_count():
         raise ValueError(f"{needed} ranks need a GPU each, this machine has {torch.cuda.device_count()}")
     if args.dry_run:
@@ -56,14 +59,18 @@ def main(argv: list[str] | None = None) -> None:
         print(f"figures: {measurements.write(f'context_parallel_{args.device}', errors | sizes)}")
 
 
-def _layout(text: str, attention: AttentionExchange) -> Layout:
-    """RANKSxFRAMES. ValueError when it is none, or a rank would hold no frame."""
+def _layout(text: str, attention: AttentionExchange, config: WorldModelConfig) -> Layout:
+    """RANKSxFRAMES. ValueError when it is none, or a rank would hold no frame, or no chunk."""
     numbers = text.split("x")
     if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
         raise ValueError(f"--layouts {text}: write RANKSxFRAMES, such as 2x7")
     layout = Layout(int(numbers[0]), int(numbers[1]), attention)
     if not 1 <= layout.ranks <= layout.frames:
         raise ValueError(f"--layouts {text}: a rank needs a frame, so at least 1 and at most {layout.frames} ranks")
+    if config.chunk_causal and attention == "ring":
+        raise ValueError("--attention ring: a chunk-causal model's ranks exchange heads; leave it out")
+    if config.chunk_causal and layout.ranks > (most := len(chunk_sizes(layout.frames, config.chunk_size))):
+        raise ValueError(f"--layouts {text}: a rank needs a chunk of preset {config.name!r}, so at most {most} ranks")
     return layout
 
 
@@ -83,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--attention",
         nargs="+",
         choices=["heads", "ring"],
-        default=["heads", "ring"],
-        help="how processes share softmax attention (default: heads ring)",
+        help="how processes share softmax attention (default: heads ring; of a chunk-causal preset: heads)",
     )
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")

@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Comparison:
-    """The two ways of computing a clip, in float32 throughout. Of a chunk-causal model, nobody says what is sent.
+    """The two ways of computing a clip, in float32 throughout.
 
     The processes are started here: over gloo on CPUs, over NCCL on the first `layout.ranks` GPUs. Random weights, a
     batch of two clips of 2 x 3 tokens a frame.
@@ -81,8 +81,6 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
         "loss": _error(cut[0]["loss"], loss),
         "gradient": max(_error(cut[0]["gradients"][name], gradient) for name, gradient in gradients.items()),
     }
-    if config.chunk_causal:
-        return Comparison(errors, [])
     shared = Shared(layout.frames, layout.ranks, layout.attention, _CLIPS, math.prod(_AREA))
     traffic = (found for rank, each in enumerate(cut) for found in account(config, shared, rank, each["sent"]))
     return Comparison(errors, list(dict.fromkeys(traffic)))

@@ -56,8 +56,7 @@ class ContextParallel(TimeAxis):
             raise ValueError(
                 f"{len(pieces)} {what} cannot be cut into {self.stretches} stretches: use fewer ranks a clip"
             )
-        ends = [0, *accumulate(even(len(pieces), self.stretches))]
-        self.pieces = [pieces[first:end] for first, end in pairwise(ends)]
+        self.pieces = shares(pieces, self.stretches)
         self.counts = [sum(each) for each in self.pieces]
         self.firsts = [sum(self.counts[:rank]) for rank in range(self.stretches)]
 
@@ -224,6 +223,12 @@ def own_clip(
     if config.chunk_causal:
         return SharedChunks(chunk_sizes(frames, config.chunk_size), config.chunk_window, group)
     return ContextParallel(frames, group, attention)
+
+
+def shares(pieces: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """The pieces in order, shared out by `even`."""
+    ends = accumulate(even(len(pieces), parts), initial=0)
+    return [pieces[first:end] for first, end in pairwise(ends)]
 
 
 def even(count: int, parts: int) -> list[int]:

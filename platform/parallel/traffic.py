@@ -13,6 +13,9 @@ of attention (2 where the camera's rays are read). In one forward pass of a bloc
                                                              frames the rest of q, k, v, of N - n_r others the result
                b B S C 2 (N - n_{r+1}) e                     in a ring: keys and values of all ranks but the next
 
+Of a chunk-causal clip, of which a rank holds whole chunks, the past alone is sent: states to the R - 1 - r ranks after
+it, of the halo what lies before another rank's frames.
+
 Gradients go back over the same ways; in a ring, keys and values go round once more, and their gradients in float32.
 """
 
@@ -22,7 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from longtake.model.config import WorldModelConfig
-from longtake.platform.parallel.context import AttentionExchange, even
+from longtake.model.dit.chunk_causal import chunk_sizes
+from longtake.platform.parallel.context import AttentionExchange, even, shares
 
 
 class Shared(NamedTuple):
@@ -50,7 +54,8 @@ def account(
     config: WorldModelConfig, shared: Shared, rank: int, sent: Sequence[Mapping[str, int]]
 ) -> Iterator[Traffic]:
     """What `rank` has `sent` in each block, beside the maths."""
-    counts = even(shared.frames, shared.ranks)
+    pieces = chunk_sizes(shared.frames, config.chunk_size) if config.chunk_causal else [1] * shared.frames
+    counts = [sum(held) for held in shares(pieces, shared.ranks)]
     heads = even(config.num_heads, shared.ranks) if shared.attention == "heads" else None
     for block, counted in enumerate(sent, start=1):
         softmax = config.softmax_every > 0 and block % config.softmax_every == 0
@@ -74,12 +79,13 @@ def sent_in_a_block(
 
     heads: how many are each rank's, None for a ring.
     """
-    one = itemsize * clips * tokens
+    one, causal = itemsize * clips * tokens, config.chunk_causal
     d, size, branches = config.head_dim, config.hidden_size, 1 + config.reads_rays
-    halo = _reached(counts, rank, config.temporal_kernel_size // 2)
+    halo = _reached(counts, rank, config.temporal_kernel_size // 2, causal)
     if not softmax:
-        states = (len(counts) - 1) * clips * size * (2 * d * branches + d + 1)
-        halo += branches * _reached(counts, rank, config.conv_kernel_size - 1)
+        asking = len(counts) - 1 - (rank if causal else 0)
+        states = asking * clips * size * (2 * d * branches + d + 1)
+        halo += branches * _reached(counts, rank, config.conv_kernel_size - 1, causal)
         return {"states": 4 * states, "halo": one * size * halo}
     held, elsewhere = counts[rank], sum(counts) - counts[rank]
     if heads is None:
@@ -89,10 +95,10 @@ def sent_in_a_block(
     return {"halo": one * size * halo, "attention": one * branches * attention}
 
 
-def _reached(counts: Sequence[int], rank: int, reach: int) -> int:
+def _reached(counts: Sequence[int], rank: int, reach: int, causal: bool) -> int:
     owners = [owner for owner, count in enumerate(counts) for _ in range(count)]
     return sum(
-        len({owner for owner in owners[max(0, frame - reach) : frame + reach + 1]} - {rank})
+        len({owner for owner in owners[frame if causal else max(0, frame - reach) : frame + reach + 1]} - {rank})
         for frame, owner in enumerate(owners)
         if owner == rank
     )

@@ -50,7 +50,11 @@ def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
 def test_chunks_on_several_processes_give_the_same_gradients(layout: Layout, window: int | None):
     # Of three ranks the last two hold a frame each, and convolutions reach past their neighbours.
     causal = dataclasses.replace(CONFIG, chunk_causal=True, chunk_window=window, chunk_size=4 - layout.ranks)
-    assert max(compare(causal, layout).errors.values()) < LIMIT
+    found = compare(causal, layout)
+    assert max(found.errors.values()) < LIMIT
+    assert all(sent.counted == sent.expected for sent in found.traffic)
+    states = {sent.rank: sent.counted for sent in found.traffic if sent.what == "states"}
+    assert states[layout.ranks - 1] == 0 < states[0]  # nobody asks for the future
 
 
 @pytest.mark.multigpu
@@ -107,6 +111,16 @@ def test_bytes_by_the_maths_equal_those_counted_by_hand():
         "halo": 2 * 4 * 24 * 5,
         "attention": 2 * 4 * 2 * 8 * 5 * (3 * 4 * 1 + 3 * 2),  # one head of its own q, k and v; two of others' results
     }
+    # Of a chunk-causal clip, what lies before frames of other ranks.
+    causal = dataclasses.replace(config, chunk_causal=True)
+    assert sent_in_a_block(causal, [4, 1, 2], [1, 1, 1], 0, 2, 5, softmax=False) == {
+        "states": 2 * 2 * 4 * 3 * (2 * 128 + 72),
+        "halo": 2 * 4 * 24 * 5 * (2 * (3 + 2) + 1),
+    }
+    assert sent_in_a_block(causal, [4, 1, 2], [1, 1, 1], 1, 2, 5, softmax=False) == {
+        "states": 2 * 1 * 4 * 3 * (2 * 128 + 72),
+        "halo": 2 * 4 * 24 * 5 * (2 * 1 + 1),  # not to the rank before
+    }
     ring = sent_in_a_block(config, [4, 1, 2], None, 0, 2, 5, softmax=True)
     assert ring["attention"] == 2 * 4 * 2 * 24 * 5 * 2 * (4 + 2)  # its own keys and values, then those of the last rank
 
@@ -116,6 +130,15 @@ def test_bytes_by_the_maths_equal_those_counted_by_hand():
 def test_a_layout_that_is_none_is_refused(layout: str):
     with pytest.raises(ValueError, match=f"--layouts {layout}: "):
         check_parallel.main(["--layouts", layout])
+
+
+@pytest.mark.cpu
+def test_chunk_causal_layouts_are_checked_before_a_process_starts():
+    streaming = ["--preset", "sana-wm-streaming", "--layouts", "4x9"]
+    with pytest.raises(ValueError, match="4x9: a rank needs a chunk of preset 'sana-wm-streaming', so at most 3"):
+        check_parallel.main(streaming)
+    with pytest.raises(ValueError, match="exchange heads"):
+        check_parallel.main([*streaming, "--attention", "ring"])
 
 
 @pytest.mark.cpu
