@@ -25,7 +25,7 @@ from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
-from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas
+from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
 from longtake.model.vae import build_vae, decode_latents, encode_frames
@@ -149,14 +149,54 @@ class WorldPipeline:
             )
             return torch.cat(list(chunks), 2)
         frames = self._latent_frames(camera, num_latent_frames, negative)
+        start, velocity = self._denoising(image_latents, text, text_mask, camera, seeds, frames, negative)
+        latents = euler(velocity, start, sampler_sigmas(self.config.sampler, num_steps), 1, progress)
+        return _finite(latents, frames)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        image_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures,
+        seeds: Sequence[int],
+        timesteps: Sequence[float],
+        num_steps: int | None = None,
+        negative: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """What `rollout` passes on its way: the latents at each of the falling `timesteps`, and last the clean ones,
+        (B, len(timesteps) + 1, C, T, h, w). Where its own steps do not, they stop there as well.
+        """
+        if self.config.chunk_causal:
+            raise ValueError(f"the weights of {self.config.name!r} make one chunk after another: choose a stage before")
+        frames = self._latent_frames(camera, None, negative)
+        x, velocity = self._denoising(image_latents, text, text_mask, camera, seeds, frames, negative)
+        passed = [x]
+        sigmas = sampler_sigmas(self.config.sampler, num_steps)
+        for run in trajectory_sigmas(sigmas, [timestep / 1000 for timestep in timesteps]):
+            passed.append(euler(velocity, passed[-1], run, 1))
+        return _finite(torch.stack(passed, 1), frames)
+
+    def _denoising(
+        self,
+        image_latents: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        camera: CameraFeatures | None,
+        seeds: Sequence[int],
+        frames: int,
+        negative: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Noise after the image, and the velocity (x, timestep) of what it becomes."""
         model: Any = self.part("dit")
-        sampler = self.config.sampler
+        guidance = self.config.sampler.guidance_scale
         camera = None if camera is None else camera.to(self.device)
         _, channels, _, height, width = image_latents.shape
         grid = frames, height, width
         context = model.context(grid, text, text_mask, camera, of_sample=True)
         without = None
-        if negative is not None and sampler.guidance_scale != 1:
+        if negative is not None and guidance != 1:
             without = model.context(grid, *negative, camera, of_sample=True)
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
@@ -164,12 +204,11 @@ class WorldPipeline:
             if without is None:
                 return conditional
             unconditional = self._replay.velocity(x, timestep, without)
-            return unconditional + sampler.guidance_scale * (conditional - unconditional)
+            return unconditional + guidance * (conditional - unconditional)
 
         start = clip_noise((channels, frames, height, width), seeds, self.device)
         start[:, :, :1] = image_latents
-        latents = euler(velocity, start, sampler_sigmas(sampler, num_steps), 1, progress)
-        return _finite(latents, frames)
+        return start, velocity
 
     def stream(
         self,
@@ -235,7 +274,7 @@ class WorldPipeline:
 
         follow_camera=False leaves the camera out of the model, but for the length.
         """
-        config, negative = self.config, self.negative
+        config = self.config
         camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in trajectories])
         start = torch.cat([self.encode_image(image) for image in images])
         return self.rollout(
@@ -245,8 +284,13 @@ class WorldPipeline:
             seeds,
             num_steps,
             num_latent_frames=camera.conditions.shape[1],
-            negative=negative and (negative[0].expand(len(captions), -1, -1), negative[1].expand(len(captions), -1)),
+            negative=self.negatives(len(captions)),
         )
+
+    def negatives(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """`negative` of so many clips."""
+        negative = self.negative
+        return negative and (negative[0].expand(count, -1, -1), negative[1].expand(count, -1))
 
     @cached_property
     def _replay(self) -> Replay:

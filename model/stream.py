@@ -33,6 +33,7 @@ class ChunkStream:
         self.guidance = 1.0 if negative is None else model.config.sampler.guidance_scale
         if negative is not None:
             text, text_mask = torch.cat([negative[0], text]), torch.cat([negative[1], text_mask])
+        self.features = text
         with torch.no_grad():
             self.text, self.mask = model.read_text(text, of_sample=True), text_mask
         self._placed: tuple[tuple, Context] | None = None  # of the newest frames that were asked for
@@ -52,6 +53,14 @@ class ChunkStream:
         without, conditional = velocity.chunk(2)
         return without + self.guidance * (conditional - without)
 
+    def trained_velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
+        """As `velocity`, without guidance. Gradients go to the network, but not through the chunks that it kept."""
+        assert self.guidance == 1
+        axis = ChunkCausal(sizes, self.model.config.chunk_window, self.state)
+        text, grid = self.model.read_text(self.features), tuple(x.shape[2:])
+        context = self.model.placed(text, self.mask, grid, self._camera(*axis.place(grid[0])), axis)
+        return self.model.velocity(x, timestep, context)
+
     def keep(self, x: Tensor, sizes: Sequence[int]) -> None:
         """x is what these chunks became: one more pass, of clean frames, leaves the state of what follows."""
         self.state = self._pass(x, x.new_zeros(len(x), x.shape[2]), sizes)[1].after()
@@ -69,13 +78,16 @@ class ChunkStream:
         first, end = axis.place(grid[0])
         key = (first, *grid)
         if self._placed is None or self._placed[0] != key:
-            camera = None
-            if self.camera is not None:
-                start, stop = first - self._camera_from, end - self._camera_from
-                if (known := self.camera.conditions.shape[1]) < stop:
-                    raise ValueError(f"the camera has {known} latent frames, {stop} are needed")
-                camera = self.camera.frames(start, stop)
-                camera = CameraFeatures.cat([camera] * (len(self.mask) // len(camera.conditions)))  # guidance: twice
-            self._placed = key, self.model.placed(self.text, self.mask, grid, camera, axis)
+            self._placed = key, self.model.placed(self.text, self.mask, grid, self._camera(first, end), axis)
         context = self._placed[1]
         return dataclasses.replace(context, at=dataclasses.replace(context.at, time=axis))
+
+    def _camera(self, first: int, end: int) -> CameraFeatures | None:
+        """Of these latent frames of the video."""
+        if self.camera is None:
+            return None
+        start, stop = first - self._camera_from, end - self._camera_from
+        if (known := self.camera.conditions.shape[1]) < stop:
+            raise ValueError(f"the camera has {known} latent frames, {stop} are needed")
+        camera = self.camera.frames(start, stop)
+        return CameraFeatures.cat([camera] * (len(self.mask) // len(camera.conditions)))  # guidance: twice

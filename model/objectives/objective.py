@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,10 +23,25 @@ class Objective(nn.Module, ABC):
     """A loss over the parameters that it trains.
 
     samples_pixels: whether `sample` gives frames, or latents. time_axis: which frames of a clip this process computes.
+    rates: the learning rates of learners over the stage's, where they differ.
     """
 
     samples_pixels: ClassVar[bool] = False
     time_axis: TimeAxis = WHOLE_CLIP
+    rates: Mapping[str, float] = {}
+
+    def learners(self) -> Mapping[str, nn.Module]:
+        """What has an optimizer of its own, by name: modules that turn a batch into a loss as this one does."""
+        return {"state": self}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Which of the learners make this step, one after another, each over the whole batch."""
+        return ("state",)
+
+    @property
+    def exported(self) -> nn.Module:
+        """What `export` writes: of this a moving average is kept."""
+        return self
 
     @abstractmethod
     def forward(self, batch: Batch, draws: Draws) -> Loss:
@@ -47,7 +63,7 @@ class Objective(nn.Module, ABC):
 def build_objective(
     kind: str, config: WorldModelConfig, options: dict | None = None, init: Path | None = None
 ) -> Objective:
-    """The objective called `kind` ("vae", "flow" or "refiner") on the CPU, from the weights in `init` when given."""
+    """The objective called `kind` (a module of this folder) on the CPU, from the weights in `init` when given."""
     # Imported by name: each brings along seconds of imports that the others have no use for.
     module = importlib.import_module(f"longtake.model.objectives.{kind}")
     objective: Objective = module.OBJECTIVE(config, **(options or {}))

@@ -6,6 +6,7 @@ x_sigma = (1 - sigma) x0 + sigma noise; a model predicts the velocity v = noise 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ def sampler_sigmas(sampler: SamplerConfig, num_steps: int | None = None) -> Tens
             f"these weights were distilled to {sampler.num_steps} steps, they make nothing in {num_steps}: leave it out"
         )
     return torch.tensor(sampler.timesteps) / 1000
+
+
+def trajectory_sigmas(sigmas: Tensor, levels: Sequence[float]) -> list[Tensor]:
+    """The falling `sigmas` with the falling `levels` among them, cut after each level: from levels[0], which is the
+    first sigma, to the next, ..., and from the last level to 0.
+    """
+    ends, runs = [*levels, 0.0], []
+    for high, low in pairwise(ends):
+        between = [sigma for sigma in sigmas.tolist() if low + 1e-3 < sigma < high - 1e-3]
+        runs.append(torch.tensor([high, *between, low]))
+    return runs
 
 
 def training_sigma(normal: Tensor, shift: float) -> Tensor:

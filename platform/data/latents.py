@@ -3,7 +3,8 @@
 One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian: latents float16, its
 shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32 (F, 4), pixels. F raw
 frames give T = (F - 1) / 8 + 1. Where a frozen encoder read the caption, `text` has its features, float16
-(n, text_dim); stores of before have no such columns.
+(n, text_dim). Of latents that a model made, `noisy` has what they were at its `timesteps`, float16 (K, C, T, h, w).
+Stores of before have no such columns.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ _SCHEMA = pa.schema(
         ("licence", pa.string()),
         ("text", pa.binary()),
         ("text_dim", pa.int32()),
+        ("noisy", pa.binary()),
+        ("timesteps", pa.list_(pa.float32())),
     ]
 )
 TEXT = ["text", "text_dim"]
-COLUMNS = [name for name in _SCHEMA.names if name not in TEXT]
+TRAJECTORY = ["noisy", "timesteps"]
+COLUMNS = [name for name in _SCHEMA.names if name not in TEXT + TRAJECTORY]
 _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep random access cheap
 
 
@@ -44,7 +48,8 @@ _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep ra
 class EncodedClip:
     """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels.
 
-    text: features float16 (n, D) of the caption's n tokens, if a frozen encoder has read it.
+    text: features float16 (n, D) of the caption's n tokens, if a frozen encoder has read it. noisy: float16
+    (K, C, T, h, w), the latents on their way from noise, at K `timesteps`, if a model has made them.
     """
 
     key: str
@@ -56,6 +61,8 @@ class EncodedClip:
     split: str = "train"
     licence: str = ""
     text: np.ndarray | None = None
+    noisy: np.ndarray | None = None
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         frames = len(self.c2w)
@@ -81,12 +88,14 @@ class EncodedClip:
             "licence": self.licence,
             "text": None if self.text is None else np.ascontiguousarray(self.text, np.float16).tobytes(),
             "text_dim": None if self.text is None else self.text.shape[1],
+            "noisy": None if self.noisy is None else np.ascontiguousarray(self.noisy, np.float16).tobytes(),
+            "timesteps": list(self.timesteps),
         }
 
 
 def decode_row(row: dict[str, Any]) -> EncodedClip:
     """The inverse of `EncodedClip.row`; the arrays are read-only views of the row's bytes."""
-    text = row.get("text")
+    text, noisy = row.get("text"), row.get("noisy")
     return EncodedClip(
         key=row["key"],
         latents=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
@@ -97,7 +106,15 @@ def decode_row(row: dict[str, Any]) -> EncodedClip:
         split=row["split"],
         licence=row["licence"],
         text=None if text is None else np.frombuffer(text, np.float16).reshape(-1, row["text_dim"]),
+        noisy=None if noisy is None else np.frombuffer(noisy, np.float16).reshape(-1, *row["shape"]),
+        timesteps=tuple(row.get("timesteps") or ()),
     )
+
+
+def _clips(path: str) -> Iterator[EncodedClip]:
+    with fsspec.open(path, "rb") as source:
+        for batch in pq.ParquetFile(source).iter_batches(batch_size=16):
+            yield from map(decode_row, batch.to_pylist())
 
 
 class LatentStore:
@@ -145,11 +162,11 @@ class LatentStore:
     def clips(self, split: str | None = None) -> Iterator[EncodedClip]:
         """All clips of the split, in the order of the shards' names."""
         for path in self.paths():
-            with fsspec.open(path, "rb") as source:
-                for batch in pq.ParquetFile(source).iter_batches(batch_size=16):
-                    for row in batch.to_pylist():
-                        if split in (None, row["split"]):
-                            yield decode_row(row)
+            yield from (clip for clip in _clips(path) if split in (None, clip.split))
+
+    def read_shard(self, name: str) -> Iterator[EncodedClip]:
+        """The clips of one shard, in order."""
+        return _clips(posixpath.join(self.uri, f"{name}.parquet"))
 
     def dataset(self, columns: Sequence[str] | None = None):  # noqa: ANN201  (ray.data is imported when it is needed)
         """The stored rows as a ray.data.Dataset; `decode_row` turns a row into an EncodedClip."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
 from longtake.platform.data.captions import batched
-from longtake.platform.data.latents import COLUMNS, TEXT, EncodedClip, LatentStore, decode_row
+from longtake.platform.data.latents import COLUMNS, TEXT, TRAJECTORY, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
 from longtake.platform.train.order import Mixture, Order, Share
@@ -86,7 +86,8 @@ class LatentSource:
     """Encoded clips: latents float16, c2w, intrinsics; of captions, tokens int64 (B, L) for an encoder that is trained,
     or the features of a frozen one, text float16 (B, L, D), and of either tokens_mask bool (B, L).
 
-    features: whether a frozen encoder's are read. ValueError for a clip that has none.
+    features: whether a frozen encoder's are read. timesteps: of the trajectories that are read as noisy float16
+    (B, K, C, T, h, w). ValueError for a clip that has none.
     padding: (latent frames, raw frames of each but the first) that clips are padded to; batches then have `frames`
     int64 (B,), how many latent frames are real. ValueError for a longer clip.
     """
@@ -96,6 +97,7 @@ class LatentSource:
     text_length: int
     padding: tuple[int, int] | None = None
     features: bool = False
+    timesteps: tuple[float, ...] = ()
 
     def batch(self, start: int, count: int) -> Arrays:
         return self.read(self.order.rows(start, count))
@@ -104,17 +106,38 @@ class LatentSource:
         return self.index.whole(rows, lambda rows, _: self._read(rows))
 
     def _read(self, rows: np.ndarray) -> Arrays:
-        clips = [decode_row(row) for row in self.index.read(rows, COLUMNS + TEXT * self.features)]
+        columns = COLUMNS + TEXT * self.features + TRAJECTORY * bool(self.timesteps)
+        clips = [decode_row(row) for row in self.index.read(rows, columns)]
         frames = {}
         if self.padding:
             frames = {"frames": np.array([clip.latents.shape[1] for clip in clips])}
             clips = [_padded(clip, *self.padding) for clip in clips]
-        return frames | {
-            "latents": np.stack([clip.latents for clip in clips]),
-            "c2w": np.stack([clip.c2w for clip in clips]),
-            "intrinsics": np.stack([clip.intrinsics for clip in clips]),
-            **self._captions(clips),
-        }
+        return (
+            frames
+            | self._trajectories(clips)
+            | {
+                "latents": np.stack([clip.latents for clip in clips]),
+                "c2w": np.stack([clip.c2w for clip in clips]),
+                "intrinsics": np.stack([clip.intrinsics for clip in clips]),
+                **self._captions(clips),
+            }
+        )
+
+    def _trajectories(self, clips: list[EncodedClip]) -> Arrays:
+        if not self.timesteps:
+            return {}
+        for clip in clips:
+            if clip.noisy is None:
+                raise ValueError(
+                    f"{clip.key} is no trajectory of a teacher: make some with `longtake make-trajectories`"
+                )
+            given = clip.timesteps
+            if len(given) != len(self.timesteps) or not np.allclose(given, self.timesteps, atol=0.5):
+                raise ValueError(
+                    f"{clip.key} has noisy latents at timesteps {given}, the sampler's are {self.timesteps}: "
+                    "make them again with `longtake make-trajectories`"
+                )
+        return {"noisy": np.stack([clip.noisy for clip in clips if clip.noisy is not None])}
 
     def _captions(self, clips: list[EncodedClip]) -> Arrays:
         if self.features:
@@ -199,7 +222,10 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
     padding = (config.latent_frames(stage.frames), config.vae_stride[0]) if stage.pad else None
     if config.text.frozen and TEXT[0] not in index.stored:
         raise ValueError(f"{uri} holds no features of captions, which preset {config.name!r} reads: encode it again")
-    source = LatentSource(index, order, config.text.length, padding, config.text.frozen)
+    timesteps = config.sampler.timesteps[:-1] if stage.objective == "ode" else ()
+    if timesteps and TRAJECTORY[0] not in index.stored:
+        raise ValueError(f"{uri} holds no trajectories of a teacher: make some with `longtake make-trajectories`")
+    source = LatentSource(index, order, config.text.length, padding, config.text.frozen, timesteps)
     _check_latents(source, config, stage.frames)
     return source
 

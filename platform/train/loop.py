@@ -1,4 +1,4 @@
-"""The training loop of one worker: Ray Train starts it, DeepSpeed wraps the module, the stage says everything else.
+"""The training loop of one worker: Ray Train starts it, learners (learner.py) train, the stage says everything else.
 
 RUN/metrics.jsonl has a line every `log_every` steps; checkpoints/ what a re-run continues from; weights/ a weights
 folder with the moving average; loss.png, sample.png and sample.mp4 what a person looks at.
@@ -24,18 +24,17 @@ from longtake.model.objectives import Draws, build_objective
 from longtake.platform.observe import notices
 from longtake.platform.observe.notices import say
 from longtake.platform.parallel.context import own_clip
-from longtake.platform.train import checkpoint, log, reshard, results
+from longtake.platform.train import checkpoint, log, results
 from longtake.platform.train.ema import EMA
 from longtake.platform.train.feed import Batch, LatentSource, Mixed, Source, draw, open_sources, stream
+from longtake.platform.train.learner import Learner
 from longtake.platform.train.log import Log
-from longtake.platform.train.muon import Muon, matrices_and_others
 from longtake.platform.train.order import Share
 from longtake.platform.train.schedule import Clock, learning_rate
 from longtake.platform.train.settings import Settings
 from longtake.platform.train.stages import Stage
 
 _MOST_SKIPPED = 10  # updates in a row
-_TAG = "state"  # of DeepSpeed's files in a checkpoint
 
 
 def train(settings: Settings, source: Source | None = None) -> None:
@@ -71,12 +70,17 @@ class Worker:
             sharing = self.stage.context_parallel, self.stage.attention_exchange
             self.objective.time_axis = own_clip(settings.config, frames, *sharing)
         if self.stage.checkpoint_blocks:
-            self.objective.get_submodule("world_model").checkpoint_blocks = True  # type: ignore[assignment]
-        self.trained = [p for p in self.objective.parameters() if p.requires_grad]
-        self.engine = self._engine()
+            for module in self.objective.modules():
+                if hasattr(module, "checkpoint_blocks"):
+                    module.checkpoint_blocks = True  # type: ignore[assignment]
+        share = self.micro, self.accumulation
+        self.learners = {
+            tag: Learner(module, self.stage, share, self.workers, self.objective.rates.get(tag, 1.0), tag)
+            for tag, module in self.objective.learners().items()
+        }
         if self.device.type == "cuda":
             _speed_up(self.objective, self.stage)  # DeepSpeed takes no other layout than torch's own
-        self.ema = EMA(self.objective, self.stage.ema) if self.stage.ema else None
+        self.ema = EMA(self.objective.exported, self.stage.ema) if self.stage.ema else None
         self.step, seconds = self._resume()
         self.clock = Clock(self.stage.steps, settings.max_minutes and 60 * settings.max_minutes, seconds)
         self.saved_step, self.saved_seconds = self.step, seconds
@@ -86,46 +90,6 @@ class Worker:
         self.skipped = self.skipped_in_a_row = 0
         self.waited = 0.0
         self.batches = self._batches()
-
-    def _engine(self) -> Any:
-        """DeepSpeed accumulates, partitions and autocasts, and clips what it partitions; parameters stay float32."""
-        import deepspeed
-        from deepspeed.runtime.zero import stage_1_and_2
-
-        deepspeed.logger.setLevel("ERROR")
-        # To take their norm it would copy all gradients to float64.
-        stage_1_and_2.get_norm_dtype = lambda: torch.float32  # type: ignore[assignment]
-        stage = self.stage
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": self.micro,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": stage.grad_clip if stage.zero_stage else 0.0,
-            # Gradients are summed while the ones before them are computed.
-            "zero_optimization": {"stage": stage.zero_stage, "overlap_comm": self.device.type == "cuda"},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 30,
-        }
-        if stage.offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-            config["zero_force_ds_cpu_optimizer"] = False  # torch's own needs no compiler
-        if self.device.type == "cuda" and stage.dtype == "bfloat16":
-            # DeepSpeed turns off an autocast from outside. No safe modules: gradients are summed in float32.
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        engine = deepspeed.initialize(
-            model=self.objective, optimizer=self._optimizer(), config=config, dist_init_required=False
-        )[0]
-        # Without partitions it copies every gradient once more, even for a single worker.
-        engine.enable_backward_allreduce = self.workers > 1 or stage.zero_stage > 0
-        return engine
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        stage = self.stage
-        values: dict[str, Any] = dict(
-            lr=stage.learning_rate, betas=stage.betas, eps=stage.eps, weight_decay=stage.weight_decay
-        )
-        if stage.optimizer == "muon":
-            return Muon(*matrices_and_others(self.objective), **values)
-        return torch.optim.AdamW(self.trained, **values, fused=self.device.type == "cuda")
 
     def _batches(self) -> Iterator[Batch]:
         """This worker's micro-batches from the one that it has reached."""
@@ -166,37 +130,30 @@ class Worker:
                 self.waited, self.skipped = 0.0, 0
 
     def _update(self, rate: float) -> None:
-        """One step over this worker's share of the batch; the optimiser passes over gradients that are not finite."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        mean, metrics = torch.zeros((), device=self.device), {}
-        norm, finite = 0.0, True
-        for part in range(self.accumulation):
-            first = self.share.start(self.step * self.accumulation + part)
-            draws = Draws(self.stage.seed, range(first, first + self.micro), self.device)
-            begin = time.perf_counter()
-            batch = next(self.batches)
-            self.waited += time.perf_counter() - begin
-            loss, metrics = self.engine(batch, draws)
-            # A loss that is not finite may have gradients that are, and those are what the other workers see.
-            self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, math.nan))
-            if not self.stage.zero_stage and part == self.accumulation - 1:
-                # DeepSpeed's own goes through the parameters one by one: tens of milliseconds for a small model. Its
-                # ZeRO looks at the norm by itself, and also waits for the device.
-                norm = nn.utils.clip_grad_norm_(self.trained, self.stage.grad_clip or math.inf)
-                if not (finite := bool(norm.isfinite())):
-                    self.engine.zero_grad()  # the optimiser leaves alone what has no gradient
-            self.engine.step()
-            mean += loss.detach() / self.accumulation
-        if self.stage.zero_stage:
-            finite, norm = self.engine.was_step_applied(), self.engine.get_global_grad_norm()
+        """One step over this worker's share of the batch, of each network whose turn it is."""
+        turns, finite = self.objective.turns(self.step), True
+        batches = (self._micro_batch(part) for part in range(self.accumulation))
+        for tag, each in zip(turns, [batches] if len(turns) == 1 else [[*batches]] * len(turns), strict=True):
+            loss, metrics, norm, fits = self.learners[tag].update(each, rate)
+            finite &= fits
+            if fits:
+                name = "grad_norm" if tag == turns[-1] else f"grad_norm_{tag}"
+                self.loss, self.metrics = loss, self.metrics | metrics | {name: norm}
         self.step += 1
         if not finite:
             self._skip()
             return
-        self.loss, self.metrics, self.skipped_in_a_row = mean, metrics | {"grad_norm": norm}, 0
+        self.skipped_in_a_row = 0
         if self.ema:
             self.ema.update()
+
+    def _micro_batch(self, part: int) -> tuple[Batch, Draws]:
+        first = self.share.start(self.step * self.accumulation + part)
+        draws = Draws(self.stage.seed, range(first, first + self.micro), self.device, self.step)
+        begin = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - begin
+        return batch, draws
 
     def _skip(self) -> None:
         """Count an update that was not made. ValueError after too many in a row."""
@@ -239,7 +196,9 @@ class Worker:
             state = {"step": self.step, "seconds": self.clock.now()}
             if self.ema and self.rank == 0:
                 state["ema"] = self.ema.state_dict()
-            self.engine.save_checkpoint(str(partial), tag=_TAG, client_state=state, save_latest=False)
+            for learner in self.learners.values():
+                learner.save(partial, state)
+                state = {}  # once is enough
 
         checkpoint.write(folder, self.step, write_files, rank=self.rank, barrier=_barrier)
         if self.rank == 0:
@@ -247,7 +206,7 @@ class Worker:
         self.saved_step, self.saved_seconds = self.step, self.clock.agreed
 
     def _check_finite(self) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self.trained):
+        if not all(learner.is_finite() for learner in self.learners.values()):
             raise self._diverged("weights are not finite")
 
     def _diverged(self, how: str) -> ValueError:
@@ -261,14 +220,9 @@ class Worker:
         newest = checkpoint.newest(self.settings.folder / "checkpoints")
         if newest is None:
             return 0, 0.0
-        if self.stage.zero_stage and reshard.written_by(newest, _TAG) != self.workers:
-            state = reshard.load(self.engine, newest, _TAG, rank=self.rank, barrier=_barrier)
-        else:
-            _, state = self.engine.load_checkpoint(str(newest), tag=_TAG)
-        if self.stage.zero_stage == 3:
-            # Loading gathers small parameters. DeepSpeed learns which modules use another's parameters when it finds
-            # them apart, in the first pass, and would have none in the backward pass.
-            self.engine.optimizer.checkpoint_event_prologue()
+        state: dict[str, Any] = {}
+        for learner in self.learners.values():
+            state = learner.load(newest, rank=self.rank, barrier=_barrier) | state
         if self.ema and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         return state["step"], state["seconds"]
@@ -283,11 +237,10 @@ class Worker:
         _barrier()
 
     def _whole_weights(self) -> contextlib.AbstractContextManager:
-        if self.stage.zero_stage < 3:
-            return contextlib.nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.objective.parameters()))
+        stack = contextlib.ExitStack()
+        for learner in self.learners.values():
+            stack.enter_context(learner.whole_weights())
+        return stack
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -30,8 +30,12 @@ from longtake.platform.train.tracking import tracking
 
 def run_stage(name: str, argv: list[str] | None = None, about: str | None = None) -> None:
     """Train the stage called `name` as the arguments say. Run again, it goes on where its last checkpoint is."""
-    args = _parser(name, about).parse_args(argv)
-    settings = resolve(name, args)
+    args = stage_parser(name, about).parse_args(argv)
+    train_stage(resolve(name, args), args)
+
+
+def train_stage(settings: Settings, args: argparse.Namespace) -> None:
+    """Train a resolved stage, or print it, and say where its results are."""
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(settings), indent=2))
         return
@@ -120,7 +124,7 @@ def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfi
     if stage.init_from and record.is_file():
         trained = json.loads(record.read_text())["stage"]
         # A refiner's run holds the world model that it was given.
-        if trained["objective"] == "flow" and trained["name"] not in (*stage.init_from, stage.name):
+        if trained["objective"] in ("flow", "ode", "distill") and trained["name"] not in (*stage.init_from, stage.name):
             raise ValueError(
                 f"{stage.name} starts from the weights of {' or '.join(stage.init_from)}: "
                 f"{folder.parent} is a run of {trained['name']}"
@@ -228,13 +232,15 @@ def _write_record(settings: Settings) -> None:
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _parser(name: str, about: str | None) -> argparse.ArgumentParser:
+def stage_parser(name: str, about: str | None, needs_data: bool = True) -> argparse.ArgumentParser:
+    """The arguments of a stage's job."""
     parser = argparse.ArgumentParser(prog=name.replace("_", "-"), description=about)
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
     add(
         "--data",
-        required=True,
+        required=needs_data,
+        default=None if needs_data else [],
         action="append",
         metavar="STORE[=WEIGHT]",
         help="clip store (stage 0) or latent store: folder or s3://bucket/prefix; several are mixed by their weights",

@@ -11,9 +11,12 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Objective = Literal["vae", "flow", "refiner"]
+from longtake.model import presets
+from longtake.model.config import SamplerConfig
+
+Objective = Literal["vae", "flow", "ode", "distill", "refiner"]
 Corpora = tuple[tuple[str, float], ...]  # stores that a stage draws from, each with its weight in the mix
 
 
@@ -33,7 +36,7 @@ class Stage:
     workers a clip than the model has heads want the ring.
     zero_stage: DeepSpeed ZeRO 0 to 3. offload: ZeRO keeps the optimizer's state in host memory, and updates there.
     checkpoint_blocks: compute the world model's blocks once more in the backward pass instead of keeping what they
-    computed; of the flow objective. dtype: what autocast computes in on a GPU; parameters stay float32.
+    computed. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
     mode compiles nothing.
     windows_per_clip: samples drawn from a clip each time it is read.
@@ -77,8 +80,8 @@ class Stage:
     checkpoint_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in ("vae", "flow", "refiner"):
-            raise ValueError(f"objective {self.objective!r} must be one of vae, flow, refiner")
+        if self.objective not in (known := get_args(Objective)):
+            raise ValueError(f"objective {self.objective!r} must be one of {', '.join(known)}")
         if self.batch_size < 1 or self.steps < 1 or self.log_every < 1:
             raise ValueError(f"{self.name}: batch_size, steps and log_every must be at least 1")
         if self.window > self.frames:
@@ -97,13 +100,15 @@ class Stage:
             raise ValueError(f"{self.name}: pad is for the flow objective, and for attention_exchange=heads")
         if self.offload and not self.zero_stage:
             raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3, or offload=False")
-        if self.checkpoint_blocks and self.objective != "flow":
-            raise ValueError(f"{self.name}: checkpoint_blocks is for the flow objective alone: set it to False")
+        if self.checkpoint_blocks and self.objective in ("vae", "refiner"):
+            raise ValueError(f"{self.name}: checkpoint_blocks is for world models alone: set it to False")
         if self.checkpoint_blocks and self.compile == "reduce-overhead":
             # CUDA graphs reuse the memory of a block's last run, and here it runs twice.
             raise ValueError(f"{self.name}: checkpoint_blocks and CUDA graphs exclude each other: set compile=default")
         if self.optimizer == "muon" and self.zero_stage:
             raise ValueError("muon needs whole matrices, which ZeRO cuts up: set zero_stage=0 or optimizer=adamw")
+        if self.zero_stage == 3 and self.objective == "distill":
+            raise ValueError("ZeRO 3 is not for several networks that call each other: set zero_stage to 2 or less")
         if self.zero_stage == 3 and self.ema:
             raise ValueError("ZeRO 3 keeps no whole weights to average: set ema=0, or zero_stage to 2 or less")
 
@@ -212,6 +217,80 @@ def _causal(minute: Stage) -> Stage:
     return dataclasses.replace(minute, name="stage4_causal", model=model, init_from=origin, context_parallel=1)
 
 
+def _few_steps(sampler: SamplerConfig) -> dict[str, Any]:
+    """Fields of a chunk-causal model that makes a chunk in few steps, one after another."""
+    return dict(chunk_causal=True, chunk_window=1, sampler=sampler)
+
+
+_FEW_OF_TINY = SamplerConfig(4, 4.0, 1.0, timesteps=(1000, 923, 800, 571, 0), chunk_interval=1)  # its quarter points
+
+_TINY_ODE = Stage(
+    name="stage4_ode",
+    objective="ode",
+    frames=81,
+    batch_size=32,
+    learning_rate=5e-4,
+    optimizer="muon",
+    steps=2_000,
+    warmup=20,
+    weight_decay=0.01,
+    ema=0.99,
+    options=dict(caption_dropout=0.0),
+    model=_few_steps(_FEW_OF_TINY),
+    init_from=("stage4_causal", "stage3_minute"),
+    cache="device",
+)
+_SANA_ODE = Stage(
+    name="stage4_ode",
+    objective="ode",
+    frames=337,
+    batch_size=1,
+    learning_rate=2e-5,
+    schedule="constant",
+    steps=3_000,
+    weight_decay=0.01,
+    options=dict(caption_dropout=0.0),
+    model=_few_steps(presets.SANA_WM_STREAMING.sampler),
+    seed=3407,
+    init_from=("stage4_causal",),
+    zero_stage=2,
+    checkpoint_blocks=True,
+)
+_TINY_DISTILL = Stage(
+    name="stage4_distill",
+    objective="distill",
+    frames=81,
+    batch_size=16,
+    learning_rate=5e-5,
+    steps=2_000,
+    betas=(0.0, 0.999),
+    grad_clip=10.0,
+    ema=0.99,
+    options=dict(guidance=0.0, score_shift=4.0, critic_rate=1.0),
+    model=_few_steps(_FEW_OF_TINY),
+    init_from=("stage4_ode",),
+    cache="device",
+)
+_SANA_DISTILL = Stage(
+    name="stage4_distill",
+    objective="distill",
+    frames=337,  # published: 700 steps, and then 3,000 of 961 frames
+    batch_size=2,
+    micro_batch_size=1,
+    learning_rate=1e-5,
+    schedule="constant",
+    steps=700,
+    betas=(0.0, 0.999),
+    grad_clip=10.0,
+    options=dict(guidance=3.0, score_shift=10.0, critic_rate=0.2, teacher_dtype="bfloat16"),
+    model=_few_steps(presets.SANA_WM_STREAMING.sampler),
+    seed=3407,
+    init_from=("stage4_ode",),
+    zero_stage=2,
+    checkpoint_blocks=True,
+)
+
+
 _TABLE: dict[str, tuple[Stage, ...]] = {
     "tiny": (
         Stage(
@@ -234,6 +313,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
         _hybrid(_TINY_GDN),
         _TINY_MINUTE,
         _causal(_TINY_MINUTE),
+        _TINY_ODE,
+        _TINY_DISTILL,
         Stage(
             name="stage5_refiner",
             objective="refiner",
@@ -272,6 +353,8 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
         _hybrid(_SANA_GDN),
         _SANA_MINUTE,
         _causal(_SANA_MINUTE),
+        _SANA_ODE,
+        _SANA_DISTILL,
         Stage(
             # Published: the objective and the rank-384 LoRA. Batch, learning rate and steps are ours.
             name="stage5_refiner",

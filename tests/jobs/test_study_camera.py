@@ -60,7 +60,7 @@ def test_a_dry_run_prints_commands_that_the_stage_and_the_measure_take(command, 
 
     study_camera.main([*command, "--dry-run"])
     for train, evaluate in json.loads(capsys.readouterr().out).values():
-        settings = run.resolve("stage1_gdn", run._parser("stage1_gdn", None).parse_args(train[1:]))
+        settings = run.resolve("stage1_gdn", run.stage_parser("stage1_gdn", None).parse_args(train[1:]))
         assert settings.config.softmax_every == 4 and settings.stage.steps == 7
         assert not evaluate_worlds.arguments(evaluate[1:]).without_camera
 

@@ -122,7 +122,7 @@ def fit(scratch, all_settings, workers=1, notice=None):
     """
 
     def announce(folder, notice):
-        while not (folder / "metrics.jsonl").is_file():
+        while not log.read(folder):
             time.sleep(0.01)
         notice.touch()
 

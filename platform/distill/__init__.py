@@ -1,0 +1,1 @@
+"""What a few-step network is distilled from."""

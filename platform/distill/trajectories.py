@@ -1,0 +1,146 @@
+"""A teacher's trajectories from noise to clips, made by Ray Data actors: the first lesson of a few-step network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.model import weights
+from longtake.model.camera import CameraFeatures, Trajectory
+from longtake.model.config import WorldModelConfig
+from longtake.model.pipeline import WorldPipeline, check_folder
+from longtake.platform.data.captions import batched
+from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.observe.progress import Progress
+from longtake.platform.train.run import find_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Bidirectional weights in `folder`, and what is asked of them: the latents at `timesteps` of their sampler in
+    `num_steps` steps; a clip's noise is of `seed` and its key.
+    """
+
+    config: WorldModelConfig
+    folder: str
+    timesteps: tuple[float, ...]
+    num_steps: int | None = None
+    seed: int = 0
+    batch: int = 4
+
+
+def make_trajectories(teacher: Teacher, starts: str, trajectories: str, actors_per_gpu: int = 1) -> None:
+    """Roll out every clip of the store `starts` whose shard the store `trajectories` lacks: from its first latent frame
+    and caption, along its camera.
+
+    ValueError where the store is empty, or was made otherwise.
+    """
+    source, made = LatentStore(starts), LatentStore(trajectories)
+    shards = source.shards()
+    if not shards:
+        raise ValueError(f"no encoded clips in {starts}: make some with `longtake encode-latents --latents {starts}`")
+    about = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in ("config", "batch")}
+    made.claim(about | {"timesteps": list(teacher.timesteps)})
+    done = set(made.shards())
+    left = [name for name in shards if name not in done]
+    if not left:
+        return
+    import ray
+    import ray.data
+
+    from longtake.platform.observe import ray_cluster
+
+    ray_cluster.connect()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    rows = ray.data.from_items([{"shard": name} for name in left], override_num_blocks=len(left)).map_batches(
+        TrajectoryMaker,
+        fn_constructor_args=(teacher, starts, trajectories),
+        batch_size=1,
+        num_gpus=1 / actors_per_gpu if gpus else 0,
+        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=min(max(gpus * actors_per_gpu, 1), len(left))),
+    )
+    with Progress(len(shards), "shards", "trajectories", initial=len(shards) - len(left)) as progress:
+        for row in rows.iter_rows():
+            progress.update(1, clips=int(row["clips"]))
+
+
+class TrajectoryMaker:
+    """An actor that holds the teacher and turns a shard of clips into one of trajectories."""
+
+    def __init__(self, teacher: Teacher, starts: str, trajectories: str) -> None:
+        self.teacher, self.starts, self.made = teacher, LatentStore(starts), LatentStore(trajectories)
+        self._pipeline: WorldPipeline | None = None
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
+
+    @property
+    def pipeline(self) -> WorldPipeline:
+        """Loaded by the first call: Ray passes on what a call raised, but not the error of a constructor."""
+        if self._pipeline is None:
+            config = self.teacher.config
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            stored = config.text.frozen and config.sampler.guidance_scale == 1  # features, and no negative text
+            parts = ["dit"] if stored else ["dit", "text"]
+            folder = Path(self.teacher.folder)
+            self._pipeline = WorldPipeline.from_pretrained(config.name, folder, self.device, dtype, parts)
+        return self._pipeline
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        counts = []
+        for name in map(str, rows["shard"]):
+            clips = iter(self.starts.read_shard(name))
+            made: list[EncodedClip] = []
+            while some := list(islice(clips, self.teacher.batch)):
+                made += self._roll_out(some)
+            self.made.write_shard(name, made)
+            counts.append(len(made))
+        return {"shard": rows["shard"], "clips": np.array(counts)}
+
+    def _roll_out(self, clips: Sequence[EncodedClip]) -> Iterator[EncodedClip]:
+        pipeline, config = self.pipeline, self.teacher.config
+        paths = (Trajectory(torch.tensor(clip.c2w), torch.tensor(clip.intrinsics)) for clip in clips)
+        camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in paths])
+        start = np.stack([clip.latents[:, :1] for clip in clips]).astype(np.float32)
+        passed = pipeline.trajectory(
+            torch.from_numpy(start).to(self.device),
+            *self._text(clips),
+            camera,
+            [zlib.crc32(f"{self.teacher.seed} {clip.key}".encode()) for clip in clips],
+            self.teacher.timesteps,
+            self.teacher.num_steps,
+            pipeline.negatives(len(clips)),
+        )
+        for clip, x in zip(clips, passed.cpu().numpy().astype(np.float16), strict=True):
+            yield dataclasses.replace(clip, latents=x[-1], noisy=x[:-1], timesteps=self.teacher.timesteps)
+
+    def _text(self, clips: Sequence[EncodedClip]) -> tuple[Tensor, Tensor]:
+        if not self.teacher.config.text.frozen:
+            return self.pipeline.encode_text([clip.caption for clip in clips])
+        texts = [clip.text for clip in clips if clip.text is not None]
+        if len(texts) < len(clips):
+            raise ValueError("a clip's caption has no features: encode it again with encode-latents")
+        features, mask = batched(texts, self.teacher.config.text.length)
+        return torch.from_numpy(features).to(self.device), torch.from_numpy(mask).to(self.device)
+
+
+def find_teacher(preset: WorldModelConfig, given: str | None) -> Path:
+    """The weights folder of a teacher: a run's, or the one given, or the one shipped.
+
+    ValueError where it is not whole, or sees no later chunks.
+    """
+    folder = weights.resolve(preset, None) if given is None else Path(find_parts([given]).get("dit", given))
+    config = weights.config_for(preset, folder)
+    if config.chunk_causal:
+        raise ValueError(f"{folder} sees no later chunk: a teacher is of a stage before, such as stage3_minute")
+    check_folder(config, folder, ["dit"] if config.text.frozen else ["dit", "text"])
+    return folder.resolve()
