@@ -163,6 +163,11 @@ class WorldModelConfig:
     def reads_rays(self) -> bool:
         return self.camera_branches in ("both", "ucpe")
 
+    @property
+    def most_latent_frames(self) -> int | None:
+        """Of a video; None where it may go on for ever, as chunks do that see no more than a window of others."""
+        return None if self.chunk_causal and self.chunk_window is not None else self.max_latent_frames
+
     def latent_frames(self, frames: int) -> int:
         """How many latent frames hold `frames` raw ones; the first holds one alone."""
         return (frames - 1) // self.vae_stride[0] + 1

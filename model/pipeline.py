@@ -251,10 +251,9 @@ class WorldPipeline:
         frames = count if camera is None else camera.conditions.shape[1]
         if frames is None:
             raise ValueError("give a camera, or num_latent_frames for a video without one")
-        if frames > self.config.max_latent_frames:
-            raise ValueError(
-                f"{frames} latent frames are more than the {self.config.max_latent_frames} positions of this model"
-            )
+        most = self.config.most_latent_frames
+        if most is not None and frames > most:
+            raise ValueError(f"{frames} latent frames are more than the {most} positions of this model")
         if self.config.sampler.guidance_scale != 1 and negative is None:
             raise ValueError(
                 f"guidance_scale {self.config.sampler.guidance_scale} needs the features of a negative prompt"

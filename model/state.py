@@ -13,14 +13,16 @@ from torch import Tensor
 class StreamState:
     """The past of some clips, as one network sees it; an empty one is the beginning. Nothing changes one.
 
-    frames: latent frames so far, which is the next one's position. kept: (chunk, frames) of those whose keys are kept.
-    traces: what each part of the network that looks at other frames needs of the past, by its block's number and its
-    name: a GDN's states, a convolution's last frames, or the keys and values of the chunks in `kept`.
+    frames: latent frames so far. traces: what each part of the network that looks at other frames needs of the past, by
+    its block's number and its name: a GDN's states, a convolution's last frames, or the keys and values of the chunks
+    in `kept`. Positions count from the frame that a pass begins with: `origin` is that of the last one, which states
+    are of; kept: (chunk, frames, origin) of those whose keys are kept.
     """
 
     frames: int = 0
     chunks: int = 0
-    kept: tuple[tuple[int, int], ...] = ()
+    origin: int = 0
+    kept: tuple[tuple[int, int, int], ...] = ()
     traces: Mapping[tuple[int, str], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property

@@ -174,7 +174,8 @@ class GDNAttention(DualBranchAttention):
             discount = by_frame(inflation).mean(2, keepdim=True).clamp(min=1)
             beta_camera = self._bounded(beta / discount, by_frame(k_cam))
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
-        states = at.time.states(*maps_of_branches(branches, decay), part="states").chunk(len(branches))
+        part = "main" if q_cam is None else "main camera"
+        states = at.time.states(*maps_of_branches(branches, decay), part=part).chunk(len(branches))
         # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
         ones = torch.ones_like(by_frame(k)[..., :1])
         mass = at.time.states(*frame_maps(by_frame(k), ones, beta_main, decay), part="mass")
@@ -205,11 +206,11 @@ class SoftmaxAttention(DualBranchAttention):
         dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
         q, *_ = encode(q, at.rope, self.q_norm.weight)
         k, *_ = encode(k, at.rope, self.k_norm.weight)
-        out = at.time.attend(q, k, v, self.scale_main, dtype, part="attention")
+        out = at.time.attend(q, k, v, self.scale_main, dtype, part="main")
         if camera is None:
             return out, None
         q, k, v, _ = self.to_rays(camera, at)
-        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="attention_cam"))
+        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="camera"))
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

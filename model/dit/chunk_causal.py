@@ -4,6 +4,10 @@ A clip of several chunks at once and the same clip chunk by chunk, each from the
 give the same numbers (SANA-WM sections 1.11, 1.12 and 3.3). The GDN scans forwards over all frames and backwards within
 a chunk; convolutions over time see frames of the past, and zeros after the chunk; softmax attention sees all earlier
 chunks, or the first and the last few.
+
+Positions count from the first frame of a pass. Rotary ones tell how far a key is from its query and nothing else, so
+what is kept of the past is turned back by the frames between: a video may go on past the positions that the network
+was trained with, the first chunk staying as far away as the furthest of them.
 """
 
 from __future__ import annotations
@@ -17,10 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.kernels.gdn import bidirectional_states, scan_states
+from longtake.kernels.ucpe import encode
+from longtake.kernels.ucpe.reference import rotate
+from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.state import StreamState
 
 _Traces = dict[str, Callable[[], tuple[Tensor, ...]]]
+Turned = dict[tuple[int, str], tuple[Tensor, ...]]  # by block and part
 
 
 def chunk_sizes(frames: int, size: int) -> list[int]:
@@ -35,21 +43,30 @@ class ChunkCausal(TimeAxis):
     """Chunks of `sizes` latent frames, all of them here, after those that left `past`. For one forward pass, which
     leaves a past itself if it is one without gradients.
 
-    window: how many of the chunks before its own softmax attention sees beside the very first; None is all.
+    window: how many of the chunks before its own softmax attention sees beside the very first; None is all. rotary: the
+    network's, where there is a past. turned: of that past, what earlier passes have turned; this one adds to it.
     """
 
-    def __init__(self, sizes: Sequence[int], window: int | None = None, past: StreamState | None = None):
-        self.sizes, self.window, self.past = list(sizes), window, past or StreamState()
-        self._block = 0
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        window: int | None = None,
+        past: StreamState | None = None,
+        rotary: RotaryTable | None = None,
+        turned: Turned | None = None,
+    ):
+        self.sizes, self.window, self.past, self.rotary = list(sizes), window, past or StreamState(), rotary
+        self._block, self._turned = 0, {} if turned is None else turned
         # What this pass leaves: most passes are not asked for it.
         self._traces: _Traces = {}
         self._of_blocks: dict[int, _Traces] = {}
         chunks = range(self.past.chunks, self.past.chunks + len(self.sizes))
-        self._known = [*self.past.kept, *zip(chunks, self.sizes, strict=True)]  # chunks whose keys are here
+        # Chunks whose keys are here.
+        self._known = [*self.past.kept, *((*each, self.past.frames) for each in zip(chunks, self.sizes, strict=True))]
 
     def place(self, frames: int) -> tuple[int, int]:
         assert frames == sum(self.sizes), f"{frames} frames were given, the chunks have {sum(self.sizes)}"
-        return self.past.frames, self.past.frames + frames
+        return 0, frames
 
     def of_block(self, number: int) -> ChunkCausal:
         own = copy(self)
@@ -63,11 +80,10 @@ class ChunkCausal(TimeAxis):
         kept = tuple(each for each in self._known if self._visible(each[0], last + 1))
         parts = ((block, part, of) for block, left in self._of_blocks.items() for part, of in left.items())
         traces = {(block, part): of() for block, part, of in parts}
-        return StreamState(self.past.frames + sum(self.sizes), last + 1, kept, traces)
+        return StreamState(self.past.frames + sum(self.sizes), last + 1, self.past.frames, kept, traces)
 
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
-        start = self._from_past(part)
-        state = start[0] if start else None
+        state = self._start(part)
         if len(self.sizes) == 1:
             # The last frame reads nothing backwards.
             states = bidirectional_states(transition, increment, state)
@@ -132,19 +148,59 @@ class ChunkCausal(TimeAxis):
         if dtype.itemsize > 1:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         area = q.shape[1] // sum(self.sizes)
-        if before := self._from_past(part):
-            k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+        before, own = self._from_past(part), (k, v)
+        if before:
+            k, v = (torch.cat(pair, 1) for pair in zip(self._seen_from_here(before, part, area), own, strict=True))
         outs, ahead = [], self.past.chunks + len(self.sizes)
         for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
             runs = self._seen(chunk, area)
             outs.append(super().attend(queries, _joined(k, runs), _joined(v, runs), scale, dtype))
-        self._leave(part, lambda: tuple(_joined(x, self._seen(ahead, area)).clone() for x in (k, v)))
+
+        def kept() -> tuple[Tensor, ...]:  # as they were made, so that nothing is turned twice
+            whole = (torch.cat(pair, 1) for pair in zip(before, own, strict=True)) if before else own
+            return tuple(_joined(x, self._seen(ahead, area)).clone() for x in whole)
+
+        self._leave(part, kept)
         return torch.cat(outs, 1)
+
+    def _seen_from_here(self, before: tuple[Tensor, ...], part: str, area: int) -> tuple[Tensor, ...]:
+        """Keys and values of the past where this pass' positions have them."""
+        if (self._block, part) not in self._turned:
+            assert self.rotary is not None
+            k, v = before
+            turns = []
+            for _, size, origin in self.past.kept:
+                ago = min(self.past.frames - origin, self.rotary.max_positions - sum(self.sizes))
+                turns.append(self.rotary.turn(ago, k.device)[part == "camera"].expand(area * size, -1, -1))
+            back, unmoved = torch.cat(turns), None
+            if part == "camera":
+                unmoved = torch.eye(4, device=k.device).expand(1, k.shape[1], 4, 4).contiguous()
+                v = encode(v, back, matrix=unmoved, inverse_rope=True)[0].to(v.dtype)
+            self._turned[self._block, part] = encode(k, back, matrix=unmoved, inverse_rope=True)[0].to(k.dtype), v
+        return self._turned[self._block, part]
+
+    def _start(self, part: str) -> Tensor | None:
+        """The state that a scan forwards starts from, None at the beginning."""
+        if not (before := self._from_past(part)):
+            return None
+        (state,) = before
+        if part not in ("main", "main camera"):
+            return state
+        assert self.rotary is not None
+        whole, half = self.rotary.turn(self.past.frames - self.past.origin, state.device)
+        main, *camera = state.chunk(len(part.split()))
+        turned = [rotate(main, whole[None], inverse=True)]
+        for each in camera:  # half of whose channels are rotated, of values and of keys
+            for _ in range(2):
+                still, moving = each.transpose(-1, -2).chunk(2, -1)
+                each = torch.cat([still, rotate(moving.contiguous(), half[None], inverse=True)], -1)
+            turned.append(each)
+        return torch.cat(turned)
 
     def _seen(self, by: int, area: int) -> list[tuple[int, int]]:
         """Which of the keys here chunk `by` sees, as runs of tokens: (first, end) each."""
         runs, end = [], 0
-        for chunk, size in self._known:
+        for chunk, size, _ in self._known:
             first, end = end, end + area * size
             if self._visible(chunk, by):
                 joins = runs and runs[-1][1] == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,7 @@ class RotaryTable:
 
     def __init__(self, head_dim: int, max_positions: int, theta: float = 10000.0):
         self.head_dim, self.max_positions = head_dim, max_positions
+        self._of_time = _frequency(2 * _split(head_dim)[0], theta)
         # The frequencies of an axis depend on its own width: (time, rows, columns).
         self._tables = [_table(2 * count, max_positions, theta) for count in _split(head_dim)]
         self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -39,6 +41,15 @@ class RotaryTable:
             self._made[key] = whole.to(device), half.to(device)
         return self._made[key]
 
+    def turn(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """By so many frames, and no rows or columns: (D / 2, 2) and (D / 4, 2) for the two branches."""
+        whole, half = (self._turned(frames, _split(dim)).to(device) for dim in (self.head_dim, self.head_dim // 2))
+        return whole, half
+
+    def _turned(self, frames: int, counts: tuple[int, int, int]) -> Tensor:
+        angle = F.pad(frames * self._of_time[: counts[0]].double(), (0, counts[1] + counts[2]))
+        return torch.stack([angle.cos(), angle.sin()], dim=-1).float()
+
     def _on_grid(self, grid: tuple[int, ...], counts: tuple[int, int, int], first: int) -> Tensor:
         parts, starts = [], (first, 0, 0)
         for axis, (table, count) in enumerate(zip(self._tables, counts, strict=True)):
@@ -54,7 +65,10 @@ def _split(dim: int) -> tuple[int, int, int]:
     return dim // 2 - 2 * spatial, spatial, spatial
 
 
+def _frequency(dim: int, theta: float) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32)[: dim // 2] / dim)
+
+
 def _table(dim: int, positions: int, theta: float) -> Tensor:
-    frequency = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32)[: dim // 2] / dim)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
+    angle = torch.outer(torch.arange(positions, dtype=torch.float32), _frequency(dim, theta))
     return torch.stack([angle.cos(), angle.sin()], dim=-1)

@@ -18,7 +18,8 @@ from longtake.kernels.gdn import bidirectional_states
 class TimeAxis:
     """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens.
 
-    `part` names what of a block asks, for who keeps something of it.
+    `part` names what of a block asks, for who keeps something of it; "main" and "camera" are the branches of attention,
+    whose keys are rotated by position, and the camera's values too.
     """
 
     stretches = 1  # that the clip is cut into

@@ -24,7 +24,7 @@ from longtake.model.state import StreamState
 from longtake.model.stream import ChunkStream
 from longtake.model.vae import decode_more
 
-_FORMAT = 1  # of snapshots
+_FORMAT = 2  # of snapshots
 
 
 class SessionStopped(Exception):
@@ -115,7 +115,7 @@ class Session:
         up; nothing holds them up all the time.
 
         stop: asked before each step of the sampler; when it says so, SessionStopped. ValueError for actions that are
-        wrong or longer than a chunk, and after the last position that the model knows.
+        wrong or longer than a chunk, and after the last position of a model whose window is not bounded.
         """
         config, past, first = self._pipeline.config, self._past, self._past.stream.frames
         actions = self._filled(actions)
@@ -126,10 +126,8 @@ class Session:
             path, self._intrinsics.expand(1, path.shape[1], 4), config.image_size, config.vae_stride
         )
         length = camera.conditions.shape[1] - (1 if first else 0)
-        if first + length > config.max_latent_frames:
-            raise ValueError(
-                f"the model knows {config.max_latent_frames} latent frames, and the session has had {first}: reset it"
-            )
+        if (most := config.most_latent_frames) is not None and first + length > most:
+            raise ValueError(f"the model knows {most} latent frames, and the session has had {first}: reset it")
         camera = camera.frames(1, length + 1) if first else camera
         network = self._network.going_on(past.stream, camera.to(self._pipeline.device))
         shape = self._image.shape[1], length, *self._image.shape[3:]
@@ -181,7 +179,7 @@ class Session:
         about = {
             "format": _FORMAT,
             "config": dataclasses.asdict(self._pipeline.config),
-            "stream": {"frames": stream.frames, "chunks": stream.chunks, "kept": stream.kept},
+            "stream": {name: getattr(stream, name) for name in ("frames", "chunks", "origin", "kept")},
             "motion": dataclasses.asdict(self._past.motion),
             "steering": dataclasses.asdict(self._steering),
             "seed": self._seed,

@@ -103,6 +103,12 @@ def test_what_a_session_keeps_does_not_grow(pipeline, image):
     assert sizes[1] == sizes[2] == sizes[3] > 0
 
 
+def test_a_session_whose_window_is_bounded_never_ends(streaming, image):
+    session = Session(build(dataclasses.replace(streaming, max_latent_frames=7)), image)
+    chunks = [session.step("w-24") for _ in range(5)]  # 16 latent frames
+    assert session.frames == 121 and all(chunk.latents.isfinite().all() for chunk in chunks)
+
+
 def test_a_snapshot_goes_on_in_another_process_bit_for_bit(pipeline, image, streaming, tmp_path):
     pipeline.save_pretrained(tmp_path / "weights", torch.float32)
     Image.fromarray(image).save(tmp_path / "image.png")
@@ -148,7 +154,7 @@ def test_what_cannot_go_on_is_refused(pipeline, image, streaming, small_config):
     other = dataclasses.replace(streaming, chunk_window=2)
     with pytest.raises(ValueError, match="of a session of other weights than these of 'small'"):
         Session.restore(build(other), data)
-    short = build(dataclasses.replace(streaming, max_latent_frames=5))
+    short = build(dataclasses.replace(streaming, max_latent_frames=5, chunk_window=None))
     session = Session(short, image)
     session.step("w-24")
     with pytest.raises(ValueError, match="knows 5 latent frames, and the session has had 4: reset it"):
