@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.model.camera import CameraFeatures
 from longtake.model.dit.chunk_causal import ChunkCausal, Turned
 from longtake.model.dit.world_model import Context, WorldModel
-from longtake.model.state import StreamState
+from longtake.model.state import StreamState, joined, together
 
 
 class ChunkStream:
@@ -44,6 +44,19 @@ class ChunkStream:
         other.camera, other._camera_from = camera, state.frames
         other._go_on(state)
         return other
+
+    @staticmethod
+    def together(streams: Sequence[ChunkStream], camera: CameraFeatures | None) -> ChunkStream:
+        """Several networks of one clip each, of one model and of equal places in their videos, as one of all of them,
+        with the camera of the frames that follow.
+        """
+        first = streams[0]
+        one = copy(first)
+        one.features = joined([each.features for each in streams])
+        one.mask = joined([each.mask for each in streams])
+        texts = zip(*(each.text for each in streams), strict=True)
+        one.text = [(joined([k for k, _ in block]), joined([v for _, v in block])) for block in texts]
+        return one.going_on(together([each.state for each in streams], first.model.config.chunk_window), camera)
 
     def _go_on(self, state: StreamState) -> None:
         self.state, self._placed, self._turned = state, None, Turned()

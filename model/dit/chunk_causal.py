@@ -25,7 +25,7 @@ from longtake.kernels.ucpe import encode
 from longtake.kernels.ucpe.reference import rotate
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import TimeAxis
-from longtake.model.state import StreamState
+from longtake.model.state import StreamState, joined
 
 _Traces = dict[str, Callable[[], tuple[Tensor, ...]]]
 Turned = dict[tuple[int, str], tuple[Tensor, ...]]  # by block and part
@@ -166,18 +166,25 @@ class ChunkCausal(TimeAxis):
     def _seen_from_here(self, before: tuple[Tensor, ...], part: str, area: int) -> tuple[Tensor, ...]:
         """Keys and values of the past where this pass' positions have them."""
         if (self._block, part) not in self._turned:
-            assert self.rotary is not None
-            k, v = before
-            turns = []
-            for _, size, origin in self.past.kept:
-                ago = min(self.past.frames - origin, self.rotary.max_positions - sum(self.sizes))
-                turns.append(self.rotary.turn(ago, k.device)[part == "camera"].expand(area * size, -1, -1))
-            back, unmoved = torch.cat(turns), None
-            if part == "camera":
-                unmoved = torch.eye(4, device=k.device).expand(1, k.shape[1], 4, 4).contiguous()
-                v = encode(v, back, matrix=unmoved, inverse_rope=True)[0].to(v.dtype)
-            self._turned[self._block, part] = encode(k, back, matrix=unmoved, inverse_rope=True)[0].to(k.dtype), v
+            clips = max((len(origin) for *_, origin in self.past.kept if isinstance(origin, tuple)), default=1)
+            alone = [x.unflatten(0, (-1, clips)).unbind(1) for x in before]
+            turned = [self._turned_back(k, v, part, area, clip) for clip, (k, v) in enumerate(zip(*alone, strict=True))]
+            self._turned[self._block, part] = tuple(joined(each) for each in zip(*turned, strict=True))
         return self._turned[self._block, part]
+
+    def _turned_back(self, k: Tensor, v: Tensor, part: str, area: int, clip: int) -> tuple[Tensor, Tensor]:
+        """Of one of the clips, as far as it is long ago."""
+        assert self.rotary is not None
+        turns = []
+        for _, size, origin in self.past.kept:
+            since = origin[clip] if isinstance(origin, tuple) else origin
+            ago = min(self.past.frames - since, self.rotary.max_positions - sum(self.sizes))
+            turns.append(self.rotary.turn(ago, k.device)[part == "camera"].expand(area * size, -1, -1))
+        back, unmoved = torch.cat(turns), None
+        if part == "camera":
+            unmoved = torch.eye(4, device=k.device).expand(1, k.shape[1], 4, 4).contiguous()
+            v = encode(v, back, matrix=unmoved, inverse_rope=True)[0].to(v.dtype)
+        return encode(k, back, matrix=unmoved, inverse_rope=True)[0].to(k.dtype), v
 
     def _start(self, part: str) -> Tensor | None:
         """The state that a scan forwards starts from, None at the beginning."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from longtake.model.camera import Motion, Steering, intrinsics_from_fov
-from longtake.model.camera.features import camera_features
+from longtake.model.camera.features import CameraFeatures, camera_features
 from longtake.model.pipeline import ImageInput, WorldPipeline
 from longtake.model.samplers.chunk_flow import chunk_noise
 from longtake.model.samplers.flow_euler import euler, sampler_sigmas
-from longtake.model.state import StreamState
+from longtake.model.state import StreamState, apart
 from longtake.model.stream import ChunkStream
 from longtake.model.vae import decode_more
 
@@ -51,6 +51,25 @@ class _Past:
     stream: StreamState = StreamState()
     video: dict[str, Tensor] = field(default_factory=dict)
     motion: Motion = Motion()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a session is to make next, after `past`."""
+
+    session: Session
+    past: _Past
+    actions: str
+    camera: CameraFeatures
+    noise: Tensor
+    poses: Tensor
+    motion: Motion
+    stop: Callable[[], bool] | None
+
+    def stopped(self) -> SessionStopped | None:
+        if self.stop is None or not self.stop():
+            return None
+        return SessionStopped(f"chunk {self.past.stream.chunks} was stopped")
 
 
 class Session:
@@ -117,37 +136,42 @@ class Session:
         stop: asked before each step of the sampler; when it says so, SessionStopped. ValueError for actions that are
         wrong or longer than a chunk, and after the last position of a model whose window is not bounded.
         """
-        config, past, first = self._pipeline.config, self._past, self._past.stream.frames
+        (made,) = step_together([(self, actions, stop)])
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def place(self) -> tuple:
+        """Sessions of one pipeline of which this is equal can make their next chunks together."""
+        return self._past.stream.place(self._pipeline.config.chunk_window)
+
+    def _asked(self, actions: str, stop: Callable[[], bool] | None) -> _Asked:
+        config, stream = self._pipeline.config, self._past.stream
         actions = self._filled(actions)
-        poses, motion = self._steering.move(actions, past.motion)
+        poses, motion = self._steering.move(actions, self._past.motion)
         # Features are relative to the first camera, which stands where no keys were held.
-        path = torch.cat([torch.eye(4)[None], poses])[None]
-        camera = camera_features(
-            path, self._intrinsics.expand(1, path.shape[1], 4), config.image_size, config.vae_stride
-        )
-        length = camera.conditions.shape[1] - (1 if first else 0)
-        if (most := config.most_latent_frames) is not None and first + length > most:
-            raise ValueError(f"the model knows {most} latent frames, and the session has had {first}: reset it")
-        camera = camera.frames(1, length + 1) if first else camera
-        network = self._network.going_on(past.stream, camera.to(self._pipeline.device))
+        path = torch.cat([torch.eye(4)[None], poses])
+        pinholes = self._intrinsics.expand(1, len(path), 4)
+        camera = camera_features(path[None], pinholes, config.image_size, config.vae_stride)
+        length = camera.conditions.shape[1] - (1 if stream.frames else 0)
+        if (most := config.most_latent_frames) is not None and stream.frames + length > most:
+            raise ValueError(f"the model knows {most} latent frames, and the session has had {stream.frames}: reset it")
+        camera = camera.frames(1, length + 1) if stream.frames else camera
         shape = self._image.shape[1], length, *self._image.shape[3:]
-        noise = chunk_noise(shape, [self._seed], past.stream.chunks, self._pipeline.device)
-        if not first:
+        noise = chunk_noise(shape, [self._seed], stream.chunks, self._pipeline.device)
+        if not stream.frames:
             noise[:, :, :1] = self._image
+        return _Asked(self, self._past, actions, camera, noise, poses if stream.frames else path, motion, stop)
 
-        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            if stop is not None and stop():
-                raise SessionStopped(f"chunk {past.stream.chunks} was stopped")
-            return network.velocity(x, timestep, [length])
-
-        latents = euler(velocity, noise, sampler_sigmas(config.sampler), 0 if first else 1)
+    def _commit(self, asked: _Asked, latents: Tensor, stream: StreamState) -> Chunk:
+        """The chunk, which from here on is of the session's past. ValueError when it is no video."""
+        before = asked.past.stream
         if not latents.isfinite().all():
-            raise ValueError(f"these weights diverge after {first} latent frames: reset the session")
-        network.keep(latents, [length])
-        frames, video = decode_more(self._pipeline.part("vae"), latents, past.video)  # type: ignore[arg-type]
+            raise ValueError(f"these weights diverge after {before.frames} latent frames: reset the session")
+        frames, video = decode_more(self._pipeline.part("vae"), latents, asked.past.video)  # type: ignore[arg-type]
         images = frames[0].cpu().numpy()
-        self._past = _Past(network.state, video, motion)
-        return Chunk(past.stream.chunks, latents, images, actions, poses if first else path[0])
+        self._past = _Past(stream, video, asked.motion)
+        return Chunk(before.chunks, latents, images, asked.actions, asked.poses)
 
     def _filled(self, actions: str) -> str:
         """The actions, then no keys for the rest of a chunk."""
@@ -224,6 +248,66 @@ class Session:
         motion = Motion(tuple(moved["position"]), moved["yaw"], moved["pitch"], tuple(moved["velocity"]))
         session._past = _Past(stream, video, motion)
         return session
+
+
+Step = tuple[Session, str, Callable[[], bool] | None]  # actions, and what stops them, as `Session.step` takes them
+
+
+def step_together(steps: Sequence[Step]) -> list[Chunk | Exception]:
+    """The next chunks of sessions of one pipeline and of equal `place`, made as one batch; of each one its chunk, or
+    what it would have raised alone. What goes wrong with one leaves the others as they are. ValueError for a session
+    that is there twice, and for unlike ones.
+    """
+    sessions = [session for session, *_ in steps]
+    if len({(id(session._pipeline), session.place()) for session in sessions}) > 1:
+        raise ValueError("these sessions are at unlike places, or of several models: step them apart, or by an Engine")
+    if len(set(sessions)) < len(sessions):
+        raise ValueError("a session takes one step after another: give each once")
+    found: list[Chunk | Exception | None] = [None] * len(steps)
+    asked: dict[int, _Asked] = {}
+    for number, (session, actions, stop) in enumerate(steps):
+        try:
+            asked[number] = session._asked(actions, stop)
+        except ValueError as error:
+            found[number] = error
+    if asked:
+        made = _made(list(asked.values()))
+        for number, each, result in zip(asked, asked.values(), made, strict=True):
+            try:
+                found[number] = result if isinstance(result, SessionStopped) else each.session._commit(each, *result)
+            except Exception as error:  # of this session alone
+                found[number] = error
+    return found  # type: ignore[return-value]
+
+
+def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionStopped]:
+    """Of each one its clean latents (1, C, t, h, w) and the past that they leave."""
+    pipeline = asked[0].session._pipeline
+    camera = CameraFeatures.cat([each.camera for each in asked]).to(pipeline.device)
+    pasts = [each.past.stream for each in asked]
+    networks = [each.session._network.going_on(past, None) for each, past in zip(asked, pasts, strict=True)]
+    network = networks[0].going_on(pasts[0], camera) if len(asked) == 1 else ChunkStream.together(networks, camera)
+    noise = torch.cat([each.noise for each in asked])
+    stopped: dict[int, SessionStopped] = {}
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        stopped.update({n: why for n, each in enumerate(asked) if n not in stopped and (why := each.stopped())})
+        if len(stopped) == len(asked):
+            raise _AllStopped
+        return network.velocity(x, timestep, [noise.shape[2]])
+
+    try:
+        latents = euler(velocity, noise, sampler_sigmas(pipeline.config.sampler), 0 if pasts[0].frames else 1)
+    except _AllStopped:
+        return [stopped[number] for number in range(len(asked))]
+    network.keep(latents, [noise.shape[2]])
+    states = [network.state] if len(asked) == 1 else apart(network.state, pasts)
+    results = list(zip(latents.split(1), states, strict=True))
+    return [stopped.get(number, result) for number, result in enumerate(results)]
+
+
+class _AllStopped(Exception):
+    pass
 
 
 def _check(pipeline: WorldPipeline) -> None:

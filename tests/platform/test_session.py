@@ -14,7 +14,7 @@ from PIL import Image
 from longtake.model.camera import Steering, parse_actions
 from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
-from longtake.platform.engine import Session, SessionStopped
+from longtake.platform.engine import Session, SessionStopped, step_together
 
 pytestmark = pytest.mark.cpu
 
@@ -101,6 +101,58 @@ def test_what_a_session_keeps_does_not_grow(pipeline, image):
         session.step("w-24")
         sizes.append(session.nbytes)
     assert sizes[1] == sizes[2] == sizes[3] > 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sessions_step_together_as_alone(streaming, image, guidance):
+    """Of unlike captions, seeds, actions, and places in their videos."""
+    config = dataclasses.replace(streaming, sampler=dataclasses.replace(FEW, guidance_scale=guidance))
+    pipeline = build(config)
+    sessions = [Session(pipeline, image, caption, seed) for caption, seed in (("a hall", 0), ("outdoors", 1), ("", 2))]
+    made = step_together([(session, "w-24", None) for session in sessions])
+    for session, chunk in zip(sessions, made, strict=True):
+        alone = Session(pipeline, image, ["a hall", "outdoors", ""][sessions.index(session)], session._seed).step(
+            "w-24"
+        )
+        torch.testing.assert_close(chunk.latents, alone.latents, rtol=1e-4, atol=1e-5)
+    for session, count in zip(sessions, (1, 3, 5), strict=True):
+        for _ in range(count):
+            session.step("dw-24")
+    assert len({session.place() for session in sessions}) == 1 and len({session.frames for session in sessions}) == 3
+    clones = [session.clone() for session in sessions]
+    for actions in (["a-24", "d-8", ""], ["w-24"] * 3):
+        made = step_together(list(zip(sessions, actions, [None] * 3, strict=True)))
+        for chunk, clone, action, session in zip(made, clones, actions, sessions, strict=True):
+            alone = clone.step(action)
+            torch.testing.assert_close(chunk.latents, alone.latents, rtol=1e-4, atol=1e-4)
+            assert (chunk.number, chunk.actions) == (alone.number, alone.actions) and session.frames == clone.frames
+            assert torch.equal(chunk.c2w, alone.c2w) and session.nbytes == clone.nbytes
+
+
+def test_what_goes_wrong_with_one_leaves_the_others(pipeline, image):
+    sessions = [Session(pipeline, image, seed=seed) for seed in range(4)]
+    asked = iter([False, True])
+    wrong, stopped, right, last = step_together(
+        [
+            (sessions[0], "x-2", None),
+            (sessions[1], "", lambda: next(asked)),
+            (sessions[2], "w-24", None),
+            (sessions[3], "", None),
+        ]
+    )
+    assert isinstance(wrong, ValueError) and isinstance(stopped, SessionStopped)
+    assert [session.frames for session in sessions] == [0, 0, 25, 25]
+    torch.testing.assert_close(
+        right.latents, Session(pipeline, image, seed=2).step("w-24").latents, rtol=1e-4, atol=1e-5
+    )
+    assert last.number == 0
+    with pytest.raises(ValueError, match="give each once"):
+        step_together([(sessions[0], "", None), (sessions[0], "", None)])
+    with pytest.raises(ValueError, match="unlike places"):
+        step_together([(sessions[0], "", None), (sessions[2], "", None)])
+    assert all(
+        isinstance(each, SessionStopped) for each in step_together([(s, "", lambda: True) for s in sessions[:2]])
+    )
 
 
 def test_a_session_whose_window_is_bounded_never_ends(streaming, image):
