@@ -28,8 +28,8 @@ class Engine:
 
     Steps that wait while others are made are made next, as one batch where sessions are equally far from their
     beginnings, as all are after their first few chunks. memory: bytes that sessions may take; by default 0.9 of what is
-    free, less what a batch was measured to take on a GPU. A session counts as `session_bytes`, what one was measured to take
-    when nothing of it grows any more. most_together: sessions a batch.
+    free, less what a batch was measured to take on a GPU. A session counts as `session_bytes`, what one was measured to
+    take when nothing of it grows any more. most_together: sessions a batch.
 
     The constructor makes the first chunks of a black picture, several times where `most_together` allows it: whatever
     is compiled or tuned is so before a session is admitted. ValueError as of `Session`, and for a model whose sessions

@@ -46,6 +46,7 @@ PLATFORM = {
     "mujoco",
     "OpenGL",
     "pandas",
+    "psutil",
     "pyarrow",
     "ray",
     "s3fs",
