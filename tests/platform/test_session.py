@@ -14,7 +14,7 @@ from PIL import Image
 from longtake.model.camera import Steering, parse_actions
 from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
-from longtake.platform.engine import Session, SessionStopped, step_together
+from longtake.platform.engine import Chunk, Session, SessionStopped, step_together
 
 pytestmark = pytest.mark.cpu
 
@@ -47,6 +47,11 @@ def image(streaming: WorldModelConfig) -> np.ndarray:
 
 def same(one, other) -> bool:
     return torch.equal(one.latents, other.latents) and np.array_equal(one.frames, other.frames)
+
+
+def chunks_of(sessions: list[Session], actions: list[str]) -> list[Chunk]:
+    made = step_together([(session, action, None) for session, action in zip(sessions, actions, strict=True)])
+    return [chunk for chunk in made if isinstance(chunk, Chunk)]
 
 
 def test_a_session_makes_what_a_rollout_of_its_path_makes(pipeline, image):
@@ -109,8 +114,7 @@ def test_sessions_step_together_as_alone(streaming, image, guidance):
     config = dataclasses.replace(streaming, sampler=dataclasses.replace(FEW, guidance_scale=guidance))
     pipeline = build(config)
     sessions = [Session(pipeline, image, caption, seed) for caption, seed in (("a hall", 0), ("outdoors", 1), ("", 2))]
-    made = step_together([(session, "w-24", None) for session in sessions])
-    for session, chunk in zip(sessions, made, strict=True):
+    for session, chunk in zip(sessions, chunks_of(sessions, ["w-24"] * 3), strict=True):
         alone = Session(pipeline, image, ["a hall", "outdoors", ""][sessions.index(session)], session._seed).step(
             "w-24"
         )
@@ -121,7 +125,7 @@ def test_sessions_step_together_as_alone(streaming, image, guidance):
     assert len({session.place() for session in sessions}) == 1 and len({session.frames for session in sessions}) == 3
     clones = [session.clone() for session in sessions]
     for actions in (["a-24", "d-8", ""], ["w-24"] * 3):
-        made = step_together(list(zip(sessions, actions, [None] * 3, strict=True)))
+        made = chunks_of(sessions, actions)
         for chunk, clone, action, session in zip(made, clones, actions, sessions, strict=True):
             alone = clone.step(action)
             torch.testing.assert_close(chunk.latents, alone.latents, rtol=1e-4, atol=1e-4)
@@ -141,11 +145,11 @@ def test_what_goes_wrong_with_one_leaves_the_others(pipeline, image):
         ]
     )
     assert isinstance(wrong, ValueError) and isinstance(stopped, SessionStopped)
+    assert isinstance(right, Chunk) and isinstance(last, Chunk) and last.number == 0
     assert [session.frames for session in sessions] == [0, 0, 25, 25]
     torch.testing.assert_close(
         right.latents, Session(pipeline, image, seed=2).step("w-24").latents, rtol=1e-4, atol=1e-5
     )
-    assert last.number == 0
     with pytest.raises(ValueError, match="give each once"):
         step_together([(sessions[0], "", None), (sessions[0], "", None)])
     with pytest.raises(ValueError, match="unlike places"):
