@@ -1,0 +1,154 @@
+"""Time a video made chunk by chunk, from its first minute to its tenth, and many videos at once.
+
+Random weights of the few-step model, denoising alone: no autoencoder. A chunk is its steps and the pass that keeps it.
+Figures go to docs/measurements/stream_DEVICE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.model import presets
+from longtake.model.camera import CameraFeatures, parse_actions, random_actions
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.world_model import WorldModel
+from longtake.model.samplers.flow_euler import euler, sampler_sigmas
+from longtake.model.stream import ChunkStream
+from longtake.platform.observe import measurements
+from longtake.platform.observe.job import run_job
+from longtake.platform.observe.progress import Progress
+from longtake.platform.train import stages
+from longtake.platform.train.run import configured
+
+_OF_A_MINUTE = 121  # latent frames
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    config = configured(presets.get(args.preset), stages.get("stage4_distill", args.preset))
+    if args.depth:
+        config = dataclasses.replace(config, depth=args.depth)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
+    if min(args.minutes, args.sessions) < 1 or args.chunks_a_minute < 2:
+        raise ValueError("--minutes and --sessions must be at least 1, --chunks-a-minute at least 2")
+    if args.name:
+        measurements.check_name(args.name)
+    if args.dry_run:
+        print(json.dumps(vars(args) | {"config": dataclasses.asdict(config)}, indent=2))
+        return
+    device = torch.device(args.device)
+    figures = Streams(config, device).measure(args.minutes, args.chunks_a_minute, args.sessions)
+    for name, figure in figures.items():
+        print(f"{name:32} {figure:.4g}")
+    if args.write:
+        print(f"figures: {measurements.write(args.name or f'stream_{args.device}', figures)}")
+
+
+class Streams:
+    """Videos of one network with random weights: texts and noise are random, cameras walk."""
+
+    def __init__(self, config: WorldModelConfig, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.config, self.device = config, device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            self.model = WorldModel(config).to(dtype).eval().requires_grad_(False)
+        self.dtype, self.size = dtype, config.chunk_size
+
+    def stream(self) -> ChunkStream:
+        text = torch.randn(1, self.config.text.length, self.config.text_dim, device=self.device, dtype=self.dtype)
+        return ChunkStream(self.model, text, torch.ones(1, self.config.text.length, device=self.device))
+
+    def camera(self, seed: int) -> CameraFeatures:
+        """Of a chunk that is not the first."""
+        stride, size = self.config.vae_stride, self.config.image_size
+        path = parse_actions(random_actions(stride[0] * self.size, seed), fps=self.config.fps, image_size=size)
+        return path.features(size, stride).frames(1, self.size + 1).to(self.device)
+
+    def chunk(self, streams: Sequence[ChunkStream], seed: int) -> ChunkStream:
+        """The next chunk of all of them, in one batch, without what they were before."""
+        camera = self.camera(seed).expand(len(streams))
+        states = [stream.state for stream in streams]
+        one = streams[0].going_on(states[0], camera) if len(streams) == 1 else ChunkStream.together(streams, camera)
+        first = not streams[0].state.frames
+        shape = len(streams), self.config.latent_channels, self.size, *self.config.latent_size
+        noise, sizes = torch.randn(shape, device=self.device), [self.size]
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            return one.velocity(x, timestep, sizes)
+
+        one.keep(euler(velocity, noise, sampler_sigmas(self.config.sampler), 1 if first else 0), sizes)
+        return one
+
+    def timed(self, streams: Sequence[ChunkStream], seed: int) -> tuple[ChunkStream, float]:
+        """A chunk and its milliseconds."""
+        begin = self._now()
+        after = self.chunk(streams, seed)
+        return after, 1e3 * (self._now() - begin)
+
+    def measure(self, minutes: int, chunks_a_minute: int, sessions: int) -> dict[str, float]:
+        stream, first = self.timed([self.stream()], 0)
+        figures = {"first_chunk_s": first / 1e3}  # with all that is compiled
+        stream, again = self.timed([self.stream()], 0)
+        figures["first_chunk_warm_s"] = again / 1e3
+        times, peaks = [again], []
+        with Progress(minutes * chunks_a_minute, "chunks", "stream") as progress:
+            for number in range(1, minutes * chunks_a_minute):
+                stream, milliseconds = self.timed([stream], number)
+                times.append(milliseconds)
+                progress.update(1)
+                if (number + 1) % chunks_a_minute == 0:
+                    peaks.append(self._peak())
+        of_minute = [times[n * chunks_a_minute : (n + 1) * chunks_a_minute] for n in range(minutes)]
+        steady = times[len(times) // 20 + 1 :]
+        figures |= {
+            "minute_s": sum(of_minute[0]) / 1e3 * _OF_A_MINUTE / (chunks_a_minute * self.size),
+            "chunk_ms_first_minute": statistics.median(of_minute[0]),
+            "chunk_ms_last_minute": statistics.median(of_minute[-1]),
+            "slope_ms_per_chunk": float(np.polyfit(np.arange(len(steady)), steady, 1)[0]),
+            "session_mb": stream.state.nbytes / 1e6,
+            "peak_gb_first_minute": peaks[0],
+            "peak_gb": peaks[-1],
+        }
+        alone = [self.timed([stream], seed)[1] for seed in range(sessions)]
+        for _ in range(2):  # the first one may tune what it runs
+            _, together = self.timed([stream] * sessions, 0)
+        serial = sum(alone)
+        return figures | {f"sessions{sessions}_over_serial": together / serial, f"sessions{sessions}_ms": together}
+
+    def _peak(self) -> float:
+        return measurements.peak_memory() / 1e9
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench-stream", description=__doc__)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
+    add("--depth", type=int, default=0, help="blocks (default: as many as the preset has)")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--minutes", type=int, default=10, help="how long the video gets (default: %(default)s)")
+    add("--chunks-a-minute", type=int, default=40, help="40 are a minute: fewer measure less of it")
+    add("--sessions", type=int, default=8, help="videos at once (default: %(default)s)")
+    add("--name", help="of the figures (default: stream_DEVICE)")
+    add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")
+    add("--dry-run", action="store_true", help="print the resolved arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)
