@@ -91,15 +91,16 @@ def _layout(text: str) -> Layout:
 
 
 def _stage(args: argparse.Namespace, config: WorldModelConfig, layout: Layout) -> Stage:
-    """The table's stage at this size. ValueError for one that trains no world model."""
+    """The table's stage at this size. ValueError for one that random latents are not enough for."""
     stage = stages.override(stages.get(args.stage, args.preset), args.set)
-    if stage.objective != "flow":
+    if stage.objective not in ("flow", "distill"):
         raise ValueError(
-            f"--stage {args.stage} trains no world model: choose stage1_gdn, stage2_hybrid or stage3_minute"
+            f"--stage {args.stage} needs more than random latents: choose stage1_gdn, stage2_hybrid, stage3_minute, "
+            "stage4_causal or stage4_distill"
         )
     frames = 1 + config.vae_stride[0] * (layout.frames - 1)
     sizes = dict(frames=frames, window=min(stage.window, frames), batch_size=layout.workers // layout.sharing)
-    zero = {} if layout.workers > 1 else dict(zero_stage=0, offload=False)  # nothing to share out
+    zero = {} if layout.workers > 1 or stage.offload else dict(zero_stage=0)  # nothing to share out
     return dataclasses.replace(
         stage,
         **dict(sizes, micro_batch_size=1, context_parallel=layout.sharing, steps=args.steps, init_from=(), **zero),
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench-train", description=__doc__)
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
-    add("--stage", default="stage3_minute", help="that trains a world model (default: %(default)s)")
+    add("--stage", default="stage3_minute", help="that trains a world model on latents (default: %(default)s)")
     add(
         "--layouts",
         nargs="+",

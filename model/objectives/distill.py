@@ -121,8 +121,10 @@ class DistillObjective(Objective):
             if network.text is not None:
                 network.text.requires_grad_(False)
         self._negative: tuple[Tensor, Tensor] | None = None
-        if guidance:
-            encoder = self.teacher.text or build_text_encoder(theirs, teacher or None)
+        if guidance and theirs.text.frozen and not folder:  # random, as the teacher
+            self._negative = torch.randn(1, theirs.text.length, theirs.text_dim), torch.ones(1, theirs.text.length)
+        elif guidance:
+            encoder = self.teacher.text or build_text_encoder(theirs, teacher)
             self._negative = encoder.encode([negative_prompt], negative=True)
         self.teacher.world_model.to(getattr(torch, teacher_dtype))
 

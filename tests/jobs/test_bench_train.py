@@ -21,6 +21,14 @@ def test_workers_that_share_a_clip_are_timed_and_send_what_they_should(tmp_path,
     assert figures["bytes_per_layer_softmax_T3_cp2"] > figures["bytes_per_layer_gdn_T3_cp2"] > 0
 
 
+def test_a_generator_and_its_critic_are_timed(tmp_path, monkeypatch, ray_cluster):
+    write = measurements.write
+    monkeypatch.setattr(bench_train.measurements, "write", lambda *args: write(*args, folder=tmp_path))
+    command = ["--stage", "stage4_distill", "--layouts", "1x1x4", "--steps", "3", "--name", "here"]
+    bench_train.main([*command, "--set", "options.generator_every=1", "--set", "options.guidance=1.0"])
+    assert json.loads((tmp_path / "here.json").read_text())["figures"]["step_s_T4_cp1"] > 0
+
+
 def test_a_layout_is_workers_sharing_and_frames(capsys):
     bench_train.main(["--preset", "sana-wm", "--layouts", "4x2x121", "1x1x61", "--dry-run"])
     minute, alone = json.loads(capsys.readouterr().out)
@@ -35,7 +43,7 @@ def test_a_layout_is_workers_sharing_and_frames(capsys):
         (["--layouts", "3x2x9"], "must be a multiple"),
         (["--layouts", "4x4x3"], "need a frame each"),
         (["--steps", "2"], "more than 2"),
-        (["--stage", "stage0_vae"], "trains no world model"),
+        (["--stage", "stage0_vae"], "needs more than random latents"),
         (["--stage", "stage3"], "no stage"),
         (["--name", "A b"], "lower-case"),
     ],
