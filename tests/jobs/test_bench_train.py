@@ -25,7 +25,8 @@ def test_a_generator_and_its_critic_are_timed(tmp_path, monkeypatch, ray_cluster
     write = measurements.write
     monkeypatch.setattr(bench_train.measurements, "write", lambda *args: write(*args, folder=tmp_path))
     command = ["--stage", "stage4_distill", "--layouts", "1x1x4", "--steps", "3", "--name", "here"]
-    bench_train.main([*command, "--set", "options.generator_every=1", "--set", "options.guidance=1.0"])
+    changes = "options.generator_every=1", "options.guidance=1.0", "model.depth=4"
+    bench_train.main([*command, *(word for change in changes for word in ("--set", change))])
     assert json.loads((tmp_path / "here.json").read_text())["figures"]["step_s_T4_cp1"] > 0
 
 
