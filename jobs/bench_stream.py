@@ -78,8 +78,7 @@ class Streams:
     def chunk(self, streams: Sequence[ChunkStream], seed: int) -> ChunkStream:
         """The next chunk of all of them, in one batch, without what they were before."""
         camera = self.camera(seed).expand(len(streams))
-        states = [stream.state for stream in streams]
-        one = streams[0].going_on(states[0], camera) if len(streams) == 1 else ChunkStream.together(streams, camera)
+        one = ChunkStream.together(streams, camera)
         first = not streams[0].state.frames
         shape = len(streams), self.config.latent_channels, self.size, *self.config.latent_size
         noise, sizes = torch.randn(shape, device=self.device), [self.size]
@@ -108,7 +107,7 @@ class Streams:
                 times.append(milliseconds)
                 progress.update(1)
                 if (number + 1) % chunks_a_minute == 0:
-                    peaks.append(self._peak())
+                    peaks.append(measurements.peak_memory() / 1e9)
         of_minute = [times[n * chunks_a_minute : (n + 1) * chunks_a_minute] for n in range(minutes)]
         steady = times[len(times) // 20 + 1 :]
         figures |= {
@@ -125,9 +124,6 @@ class Streams:
             _, together = self.timed([stream] * sessions, 0)
         serial = sum(alone)
         return figures | {f"sessions{sessions}_over_serial": together / serial, f"sessions{sessions}_ms": together}
-
-    def _peak(self) -> float:
-        return measurements.peak_memory() / 1e9
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -69,14 +69,11 @@ def cached_errors(config: WorldModelConfig, chunks: int, progress: Progress | No
     path = parse_actions(random_actions(stride[0] * (frames - 1), seed=0), fps=config.fps, image_size=image)
     camera = path.features(image, stride)
     text, mask = torch.randn(1, config.text.length, config.text_dim), torch.ones(1, config.text.length)
-    network, made, errors = (
-        ChunkStream(model, text, mask, camera),
-        torch.empty(1, config.latent_channels, 0, *_AREA),
-        [],
-    )
+    network, sigmas = ChunkStream(model, text, mask, camera), sampler_sigmas(config.sampler)
+    made = torch.empty(1, config.latent_channels, 0, *_AREA)
+    errors: list[float] = []
     for number, size in enumerate(sizes):
         before, whole = made, ChunkCausal(sizes[: number + 1], config.chunk_window)
-        sigmas = sampler_sigmas(config.sampler)
         steps = iter(range(len(sigmas) - 1))
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:

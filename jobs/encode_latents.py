@@ -27,9 +27,9 @@ from longtake.model.vae import build_vae, encode_frames
 from longtake.platform.data.captions import CaptionEncoder, check_encoder
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
+from longtake.platform.data.shards import make_shards
 from longtake.platform.data.store import SCHEMA, ClipStore, decode_clip
 from longtake.platform.observe.job import run_job
-from longtake.platform.observe.progress import Progress
 from longtake.platform.train.rows import index_rows, open_with
 from longtake.platform.train.run import find_parts
 
@@ -83,31 +83,10 @@ def encode(
     encoding = {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")}
     if config.text.frozen:
         encoding["text"] = _digest(Path(folder) / "text_encoder")
-    LatentStore(latents).claim(encoding)
-    done = set(LatentStore(latents).shards())
-    left = [name for name in shards if name not in done]
-    if not left:
-        return
-    import ray
-    import ray.data
-
-    from longtake.platform.observe import ray_cluster
-
-    ray_cluster.connect()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    rows = ray.data.from_items([{"shard": name} for name in left], override_num_blocks=len(left)).map_batches(
-        ShardEncoder,
-        fn_constructor_args=(config, clips, latents, folder, frames, batch),
-        batch_size=1,
-        num_gpus=1 / actors_per_gpu if gpus else 0,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=min(max(gpus * actors_per_gpu, 1), len(left))),
-    )
-    with Progress(len(shards), "shards", "encode", initial=len(shards) - len(left)) as progress:
-        encoded = 0
-        for row in rows.iter_rows():
-            encoded += int(row["clips"])
-            progress.update(1, clips=encoded)
+    made = LatentStore(latents)
+    made.claim(encoding)
+    arguments = config, clips, latents, folder, frames, batch
+    make_shards(ShardEncoder, arguments, shards, made, actors_per_gpu, "encode")
 
 
 class ShardEncoder:

@@ -51,6 +51,8 @@ class ChunkStream:
         with the camera of the frames that follow.
         """
         first = streams[0]
+        if len(streams) == 1:
+            return first.going_on(first.state, camera)
         one = copy(first)
         one.features = joined([each.features for each in streams])
         one.mask = joined([each.mask for each in streams])

@@ -39,6 +39,11 @@ def chunk_sizes(frames: int, size: int) -> list[int]:
     return [frames - size * (count - 1)] + [size] * (count - 1)
 
 
+def each_frame(of_chunks: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What chunks have (B, chunks), for each of their frames (B, T)."""
+    return torch.cat([of_chunks[:, n : n + 1].expand(-1, size) for n, size in enumerate(sizes)], 1)
+
+
 class ChunkCausal(TimeAxis):
     """Chunks of `sizes` latent frames, all of them here, after those that left `past`. For one forward pass, which
     leaves a past itself if it is one without gradients.
@@ -193,6 +198,12 @@ class ChunkCausal(TimeAxis):
         (state,) = before
         if part not in ("main", "main camera"):
             return state
+        if (self._block, part) not in self._turned:
+            self._turned[self._block, part] = (self._state_turned_back(state, part),)
+        return self._turned[self._block, part][0]
+
+    def _state_turned_back(self, state: Tensor, part: str) -> Tensor:
+        """The state of one or two branches where this pass' positions have it."""
         assert self.rotary is not None
         whole, half = self.rotary.turn(self.past.frames - self.past.origin, state.device)
         main, *camera = state.chunk(len(part.split()))

@@ -20,6 +20,7 @@ class RotaryTable:
         # The frequencies of an axis depend on its own width: (time, rows, columns).
         self._tables = [_table(2 * count, max_positions, theta) for count in _split(head_dim)]
         self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self, grid: tuple[int, ...], device: torch.device, first: int = 0, clip: int = 0
@@ -43,8 +44,13 @@ class RotaryTable:
 
     def turn(self, frames: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """By so many frames, and no rows or columns: (D / 2, 2) and (D / 4, 2) for the two branches."""
-        whole, half = (self._turned(frames, _split(dim)).to(device) for dim in (self.head_dim, self.head_dim // 2))
-        return whole, half
+        key = (frames, str(device))
+        if key not in self._turns:
+            if len(self._turns) > 64:
+                self._turns.clear()
+            whole, half = (self._turned(frames, _split(dim)).to(device) for dim in (self.head_dim, self.head_dim // 2))
+            self._turns[key] = whole, half
+        return self._turns[key]
 
     def _turned(self, frames: int, counts: tuple[int, int, int]) -> Tensor:
         angle = F.pad(frames * self._of_time[: counts[0]].double(), (0, counts[1] + counts[2]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from longtake.model import sana_video, weights
 from longtake.model.camera import CameraFeatures, camera_features
 from longtake.model.config import WorldModelConfig
-from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
+from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes, each_frame
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.objectives.draws import Draws
@@ -96,7 +96,7 @@ class FlowObjective(Objective):
         uniform = draws.uniform(), draws.uniform(), draws.uniform(len(sizes))
         sigma = chunk_training_sigma(normal, *uniform, self.shift)
         axis = ChunkCausal(sizes, self.config.chunk_window) if self.time_axis is WHOLE_CLIP else self.time_axis
-        return axis, torch.cat([sigma[:, n : n + 1].expand(-1, size) for n, size in enumerate(sizes)], 1)
+        return axis, each_frame(sigma, sizes)
 
     def camera(self, batch: Batch) -> CameraFeatures:
         with torch.autocast(batch["c2w"].device.type, enabled=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
+from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes, each_frame
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.objective import Batch, Loss
@@ -22,8 +22,7 @@ class ODEObjective(FlowObjective):
         noisy, clean = batch["noisy"].float(), batch["latents"].float()
         steps, frames = noisy.shape[1], clean.shape[2]
         sizes = chunk_sizes(frames, self.config.chunk_size)
-        chosen = (draws.uniform(len(sizes)) * steps).long()
-        chosen = torch.cat([chosen[:, n : n + 1].expand(-1, size) for n, size in enumerate(sizes)], 1)  # (B, T)
+        chosen = each_frame((draws.uniform(len(sizes)) * steps).long(), sizes)
         sigma = torch.tensor(self.config.sampler.timesteps, device=clean.device)[chosen] / 1000
         sigma[:, 0] = 0
         at = chosen[:, None, None, :, None, None].expand(-1, 1, *clean.shape[1:])

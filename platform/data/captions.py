@@ -38,8 +38,14 @@ def check_encoder(folder: Path) -> None:
             raise ValueError(f"{folder} has no {name}: this preset's captions are encoded by Gemma-2, give its folder")
 
 
-def batched(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features (B, length, D) float16, zeros behind each clip's own, and their mask (B, length) bool."""
+def stored_features(clips: Sequence[EncodedClip], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features (B, length, D) float16, zeros behind each clip's own, and their mask (B, length) bool.
+
+    ValueError for a clip that has none.
+    """
+    texts = [clip.text for clip in clips if clip.text is not None]
+    if len(texts) < len(clips):
+        raise ValueError("a clip's caption has no features: encode it again with encode-latents")
     out = np.zeros((len(texts), length, texts[0].shape[1]), np.float16)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):

@@ -17,9 +17,9 @@ from longtake.model import weights
 from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder
-from longtake.platform.data.captions import batched
+from longtake.platform.data.captions import stored_features
 from longtake.platform.data.latents import EncodedClip, LatentStore
-from longtake.platform.observe.progress import Progress
+from longtake.platform.data.shards import make_shards
 from longtake.platform.train.run import find_parts
 
 
@@ -49,28 +49,7 @@ def make_trajectories(teacher: Teacher, starts: str, trajectories: str, actors_p
         raise ValueError(f"no encoded clips in {starts}: make some with `longtake encode-latents --latents {starts}`")
     about = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in ("config", "batch")}
     made.claim(about | {"timesteps": list(teacher.timesteps)})
-    done = set(made.shards())
-    left = [name for name in shards if name not in done]
-    if not left:
-        return
-    import ray
-    import ray.data
-
-    from longtake.platform.observe import ray_cluster
-
-    ray_cluster.connect()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    rows = ray.data.from_items([{"shard": name} for name in left], override_num_blocks=len(left)).map_batches(
-        TrajectoryMaker,
-        fn_constructor_args=(teacher, starts, trajectories),
-        batch_size=1,
-        num_gpus=1 / actors_per_gpu if gpus else 0,
-        num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=min(max(gpus * actors_per_gpu, 1), len(left))),
-    )
-    with Progress(len(shards), "shards", "trajectories", initial=len(shards) - len(left)) as progress:
-        for row in rows.iter_rows():
-            progress.update(1, clips=int(row["clips"]))
+    make_shards(TrajectoryMaker, (teacher, starts, trajectories), shards, made, actors_per_gpu, "trajectories")
 
 
 class TrajectoryMaker:
@@ -126,10 +105,7 @@ class TrajectoryMaker:
     def _text(self, clips: Sequence[EncodedClip]) -> tuple[Tensor, Tensor]:
         if not self.teacher.config.text.frozen:
             return self.pipeline.encode_text([clip.caption for clip in clips])
-        texts = [clip.text for clip in clips if clip.text is not None]
-        if len(texts) < len(clips):
-            raise ValueError("a clip's caption has no features: encode it again with encode-latents")
-        features, mask = batched(texts, self.teacher.config.text.length)
+        features, mask = stored_features(clips, self.teacher.config.text.length)
         return torch.from_numpy(features).to(self.device), torch.from_numpy(mask).to(self.device)
 
 

@@ -286,7 +286,7 @@ def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionS
     camera = CameraFeatures.cat([each.camera for each in asked]).to(pipeline.device)
     pasts = [each.past.stream for each in asked]
     networks = [each.session._network.going_on(past, None) for each, past in zip(asked, pasts, strict=True)]
-    network = networks[0].going_on(pasts[0], camera) if len(asked) == 1 else ChunkStream.together(networks, camera)
+    network = ChunkStream.together(networks, camera)
     noise = torch.cat([each.noise for each in asked])
     stopped: dict[int, SessionStopped] = {}
 

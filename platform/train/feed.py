@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.captions import batched
+from longtake.platform.data.captions import stored_features
 from longtake.platform.data.latents import COLUMNS, TEXT, TRAJECTORY, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
@@ -141,10 +141,7 @@ class LatentSource:
 
     def _captions(self, clips: list[EncodedClip]) -> Arrays:
         if self.features:
-            texts = [clip.text for clip in clips if clip.text is not None]
-            if len(texts) < len(clips):
-                raise ValueError("a clip's caption has no features: encode it again with encode-latents")
-            return dict(zip(("text", "tokens_mask"), batched(texts, self.text_length), strict=True))
+            return dict(zip(("text", "tokens_mask"), stored_features(clips, self.text_length), strict=True))
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
         return {"tokens": tokens.numpy(), "tokens_mask": mask.numpy()}
 
