@@ -11,7 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from longtake.model import presets
 from longtake.model.camera import CameraFeatures, parse_actions, random_actions
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.samplers.flow_euler import euler, sampler_sigmas
 from longtake.model.stream import ChunkStream
@@ -30,6 +31,7 @@ from longtake.platform.train import stages
 from longtake.platform.train.run import configured
 
 _OF_A_MINUTE = 121  # latent frames
+_UNTIL_STEADY = 4  # chunks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,11 +65,12 @@ class Streams:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
             self.model = WorldModel(config).to(dtype).eval().requires_grad_(False)
-        self.dtype, self.size = dtype, config.chunk_size
+        self.dtype, self.size, self.replay = dtype, config.chunk_size, Replay(self.model)
 
-    def stream(self) -> ChunkStream:
+    def stream(self, replayed: bool = True) -> ChunkStream:
         text = torch.randn(1, self.config.text.length, self.config.text_dim, device=self.device, dtype=self.dtype)
-        return ChunkStream(self.model, text, torch.ones(1, self.config.text.length, device=self.device))
+        mask = torch.ones(1, self.config.text.length, device=self.device)
+        return ChunkStream(self.model, text, mask, replay=self.replay if replayed else None)
 
     def camera(self, seed: int) -> CameraFeatures:
         """Of a chunk that is not the first."""
@@ -75,9 +78,8 @@ class Streams:
         path = parse_actions(random_actions(stride[0] * self.size, seed), fps=self.config.fps, image_size=size)
         return path.features(size, stride).frames(1, self.size + 1).to(self.device)
 
-    def chunk(self, streams: Sequence[ChunkStream], seed: int) -> ChunkStream:
+    def chunk(self, streams: Sequence[ChunkStream], camera: CameraFeatures) -> ChunkStream:
         """The next chunk of all of them, in one batch, without what they were before."""
-        camera = self.camera(seed).expand(len(streams))
         one = ChunkStream.together(streams, camera)
         first = not streams[0].state.frames
         shape = len(streams), self.config.latent_channels, self.size, *self.config.latent_size
@@ -91,39 +93,49 @@ class Streams:
 
     def timed(self, streams: Sequence[ChunkStream], seed: int) -> tuple[ChunkStream, float]:
         """A chunk and its milliseconds."""
+        camera = self.camera(seed).expand(len(streams))
         begin = self._now()
-        after = self.chunk(streams, seed)
+        after = self.chunk(streams, camera)
         return after, 1e3 * (self._now() - begin)
 
+    def run(self, chunks: int, replayed: bool = True) -> Iterator[tuple[ChunkStream, float]]:
+        """A new video: after each chunk, its stream and the milliseconds it took."""
+        stream = self.stream(replayed)
+        for number in range(chunks):
+            stream, milliseconds = self.timed([stream], number)
+            yield stream, milliseconds
+
     def measure(self, minutes: int, chunks_a_minute: int, sessions: int) -> dict[str, float]:
-        stream, first = self.timed([self.stream()], 0)
-        figures = {"first_chunk_s": first / 1e3}  # with all that is compiled
-        stream, again = self.timed([self.stream()], 0)
-        figures["first_chunk_warm_s"] = again / 1e3
-        times, peaks = [again], []
+        # The first chunk with all that is compiled and captured, and the others that are unlike later ones.
+        first, *_ = [milliseconds for _, milliseconds in self.run(_UNTIL_STEADY)]
+        times, peaks, stream = [], [], self.stream()
         with Progress(minutes * chunks_a_minute, "chunks", "stream") as progress:
-            for number in range(1, minutes * chunks_a_minute):
-                stream, milliseconds = self.timed([stream], number)
+            for after, milliseconds in self.run(minutes * chunks_a_minute):
+                stream = after
                 times.append(milliseconds)
                 progress.update(1)
-                if (number + 1) % chunks_a_minute == 0:
+                if len(times) % chunks_a_minute == 0:
                     peaks.append(measurements.peak_memory() / 1e9)
         of_minute = [times[n * chunks_a_minute : (n + 1) * chunks_a_minute] for n in range(minutes)]
         steady = times[len(times) // 20 + 1 :]
-        figures |= {
+        plain = [milliseconds for _, milliseconds in self.run(2 * _UNTIL_STEADY, replayed=False)]
+        alone = [self.timed([stream], seed)[1] for seed in range(sessions)]
+        for _ in range(2):  # the first one may tune what it runs
+            _, together = self.timed([stream] * sessions, 0)
+        return {
+            "first_chunk_s": first / 1e3,
+            "first_chunk_warm_s": times[0] / 1e3,
             "minute_s": sum(of_minute[0]) / 1e3 * _OF_A_MINUTE / (chunks_a_minute * self.size),
             "chunk_ms_first_minute": statistics.median(of_minute[0]),
             "chunk_ms_last_minute": statistics.median(of_minute[-1]),
             "slope_ms_per_chunk": float(np.polyfit(np.arange(len(steady)), steady, 1)[0]),
+            "chunk_ms_without_replay": statistics.median(plain[_UNTIL_STEADY:]),
             "session_mb": stream.state.nbytes / 1e6,
             "peak_gb_first_minute": peaks[0],
             "peak_gb": peaks[-1],
+            f"sessions{sessions}_over_serial": together / sum(alone),
+            f"sessions{sessions}_ms": together,
         }
-        alone = [self.timed([stream], seed)[1] for seed in range(sessions)]
-        for _ in range(2):  # the first one may tune what it runs
-            _, together = self.timed([stream] * sessions, 0)
-        serial = sum(alone)
-        return figures | {f"sessions{sessions}_over_serial": together / serial, f"sessions{sessions}_ms": together}
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -200,10 +200,10 @@ class WorldPipeline:
             without = model.context(grid, *negative, camera, of_sample=True)
 
         def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            conditional = self._replay.velocity(x, timestep, context)
+            conditional = self.replay.velocity(x, timestep, context)
             if without is None:
                 return conditional
-            unconditional = self._replay.velocity(x, timestep, without)
+            unconditional = self.replay.velocity(x, timestep, without)
             return unconditional + guidance * (conditional - unconditional)
 
         start = clip_noise((channels, frames, height, width), seeds, self.device)
@@ -233,7 +233,8 @@ class WorldPipeline:
         sigmas = sampler_sigmas(config.sampler, num_steps).tolist()
         model: Any = self.part("dit")
         camera = None if camera is None else camera.to(self.device)
-        network = ChunkStream(model, text, text_mask, camera, None if config.sampler.guidance_scale == 1 else negative)
+        negative = None if config.sampler.guidance_scale == 1 else negative
+        network = ChunkStream(model, text, text_mask, camera, negative, self.replay)
         sizes = chunk_sizes(frames, config.chunk_size)
 
         def noise(chunk: int, length: int) -> Tensor:
@@ -292,7 +293,8 @@ class WorldPipeline:
         return negative and (negative[0].expand(count, -1, -1), negative[1].expand(count, -1))
 
     @cached_property
-    def _replay(self) -> Replay:
+    def replay(self) -> Replay:
+        """Of the stage-1 network."""
         return Replay(self.part("dit"))  # type: ignore[arg-type]
 
     @cached_property

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+Traces = Mapping[tuple[int, str], tuple[Tensor, ...]]  # by block and part
+KEYS = "keys", "camera keys"  # the parts of which keys and values are kept
+
 
 @dataclass(frozen=True)
 class StreamState:
@@ -23,7 +26,7 @@ class StreamState:
     chunks: int = 0
     origin: int = 0
     kept: tuple[tuple[int, int, int | tuple[int, ...]], ...] = ()
-    traces: Mapping[tuple[int, str], tuple[Tensor, ...]] = field(default_factory=dict)
+    traces: Traces = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

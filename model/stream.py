@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from longtake.model.camera import CameraFeatures
-from longtake.model.dit.chunk_causal import ChunkCausal, Turned
+from longtake.model.dit.chunk_causal import ChunkCausal
+from longtake.model.dit.replay import Replay
+from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 from longtake.model.state import StreamState, joined, together
 
@@ -19,6 +21,7 @@ class ChunkStream:
     """A chunk-causal network with one text, and the chunks that it has kept.
 
     camera: of the frames that will be asked for. negative: features and mask of the text that guidance moves away from.
+    replay: of the model, which passes without gradients then go through.
     """
 
     def __init__(
@@ -28,8 +31,9 @@ class ChunkStream:
         text_mask: Tensor,
         camera: CameraFeatures | None = None,
         negative: tuple[Tensor, Tensor] | None = None,
+        replay: Replay | None = None,
     ):
-        self.model, self.camera, self._camera_from = model, camera, 0
+        self.model, self._run, self.camera, self._camera_from = model, replay or model, camera, 0
         self._go_on(StreamState())
         self.guidance = 1.0 if negative is None else model.config.sampler.guidance_scale
         if negative is not None:
@@ -60,16 +64,9 @@ class ChunkStream:
         one.text = [(joined([k for k, _ in block]), joined([v for _, v in block])) for block in texts]
         return one.going_on(together([each.state for each in streams], first.model.config.chunk_window), camera)
 
-    def _go_on(self, state: StreamState) -> None:
-        self.state, self._placed, self._turned = state, None, Turned()
-
-    def _axis(self, sizes: Sequence[int]) -> ChunkCausal:
-        return ChunkCausal(sizes, self.model.config.chunk_window, self.state, self.model.rotary, self._turned)
-
-    @torch.no_grad()
     def velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
         """Of chunks of `sizes` latent frames after the kept ones: x (B, C, T, h, w), timestep (B, T)."""
-        velocity = self._pass(x, timestep, sizes)[0]
+        velocity = self._pass(x, timestep, self._context_of(x, sizes))
         if self.guidance == 1:
             return velocity
         without, conditional = velocity.chunk(2)
@@ -78,28 +75,45 @@ class ChunkStream:
     def trained_velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
         """As `velocity`, without guidance. Gradients go to the network, but not through the chunks that it kept."""
         assert self.guidance == 1
-        text, grid = self.model.read_text(self.features), tuple(x.shape[2:])
-        context = self.model.placed(text, self.mask, grid, self._camera(grid[0]), self._axis(sizes))
+        context = self._placed(x, self.model.read_text(self.features), self._axis_of(sizes))
         return self.model.velocity(x, timestep, context)
 
     def keep(self, x: Tensor, sizes: Sequence[int]) -> None:
         """x is what these chunks became: one more pass, of clean frames, leaves the state of what follows."""
-        self._go_on(self._pass(x, x.new_zeros(len(x), x.shape[2]), sizes)[1].after())
+        context, axis = self._context_of(x, sizes), self._axis_of(sizes).keeping()
+        context = dataclasses.replace(context, at=dataclasses.replace(context.at, time=axis))
+        self._pass(x, x.new_zeros(len(x), x.shape[2]), context)
+        self._go_on(axis.after())
 
     @torch.no_grad()
-    def _pass(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ChunkCausal]:
-        axis = self._axis(sizes)
-        context = self._context(tuple(x.shape[2:]), axis)
+    def _pass(self, x: Tensor, timestep: Tensor, context: Context) -> Tensor:
         if self.guidance != 1:
             x, timestep = torch.cat([x, x]), torch.cat([timestep, timestep])
-        return self.model.velocity(x, timestep, context), axis
+        return self._run.velocity(x, timestep, context)
 
-    def _context(self, grid: tuple[int, ...], axis: ChunkCausal) -> Context:
-        """Of the frames on the axis; what does not change between passes over them is made once."""
-        if self._placed is None or self._placed.grid != grid:
-            self._placed = self.model.placed(self.text, self.mask, grid, self._camera(grid[0]), axis)
-        context = self._placed
-        return dataclasses.replace(context, at=dataclasses.replace(context.at, time=axis))
+    def _go_on(self, state: StreamState) -> None:
+        self.state = state
+        # Of the passes over the chunks that follow, until they are kept.
+        self._axis: ChunkCausal | None = None
+        self._context: Context | None = None
+
+    @torch.no_grad()
+    def _axis_of(self, sizes: Sequence[int]) -> ChunkCausal:
+        if self._axis is None or self._axis.sizes != list(sizes):
+            self._axis = ChunkCausal(sizes, self.model.config.chunk_window, self.state, self.model.rotary)
+            self._context = None
+        return self._axis
+
+    @torch.no_grad()
+    def _context_of(self, x: Tensor, sizes: Sequence[int]) -> Context:
+        axis = self._axis_of(sizes)
+        if self._context is None:
+            self._context = self._placed(x, self.text, axis).for_steps(self.model)
+        return self._context
+
+    def _placed(self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: TimeAxis) -> Context:
+        grid = tuple(x.shape[2:])
+        return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis)
 
     def _camera(self, frames: int) -> CameraFeatures | None:
         """Of the next latent frames of the video."""

@@ -57,7 +57,10 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Tensor, at: Positions, part: str) -> Tensor:
         x, reach = x.unflatten(1, (at.frames, -1)), self.weight.shape[-1] - 1
-        return at.time.around(x, reach, lambda frames: short_conv(frames, self.weight), part=part).flatten(1, 2)
+        return at.time.around(x, reach, self._over_time, part=part).flatten(1, 2)
+
+    def _over_time(self, x: Tensor, first: int) -> Tensor:
+        return short_conv(x, self.weight)[:, first:]
 
 
 class DualBranchAttention(nn.Module):
@@ -206,11 +209,11 @@ class SoftmaxAttention(DualBranchAttention):
         dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
         q, *_ = encode(q, at.rope, self.q_norm.weight)
         k, *_ = encode(k, at.rope, self.k_norm.weight)
-        out = at.time.attend(q, k, v, self.scale_main, dtype, part="main")
+        out = at.time.attend(q, k, v, self.scale_main, dtype, part="keys")
         if camera is None:
             return out, None
         q, k, v, _ = self.to_rays(camera, at)
-        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="camera"))
+        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys"))
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

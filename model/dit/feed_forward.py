@@ -45,6 +45,10 @@ class GLUMBConvTemp(nn.Module):
         around = time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time, part="t_conv")
         return y.flatten(1, 2), around.flatten(1, 2)
 
-    def _over_time(self, y: Tensor) -> Tensor:
-        """(B, T, S, C), without a copy of it."""
-        return self.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    def _over_time(self, y: Tensor, first: int) -> Tensor:
+        """Of y (B, T, S, C), without a copy where all frames are asked for."""
+        reach = self.t_conv.kernel_size[0] // 2
+        if first < reach:
+            return self.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, first:]
+        y = F.pad(y[:, first - reach :], (0, 0, 0, 0, 0, reach))
+        return F.conv2d(y.permute(0, 3, 1, 2), self.t_conv.weight).permute(0, 2, 3, 1)

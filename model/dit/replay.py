@@ -6,74 +6,90 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.model.dit.time_axis import WHOLE_CLIP
+from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 
 _MOST_TOKENS = 16_000  # of all clips; beyond them the GPU is the slower one
+_MOST_BYTES = 1 << 30  # that a graph reads beside the weights, which it holds twice
+_MOST_GRAPHS = 8  # of one network
 
 
 class Replay:
     """`velocity` of a network whose weights stay where they are, without gradients.
 
     The first step of a shape is captured, with buffers of its own for everything that it reads; later ones copy what
-    has changed into them. Off a GPU, for more tokens, for a part of a clip or a padded one, and under autocast the
-    network itself is called.
+    has changed into them. Off a GPU, for more tokens, for a part of a clip or a padded one, for chunks that see more of
+    the past each time, and under autocast the network itself is called.
     """
 
     def __init__(self, model: WorldModel):
         self.model = model
         self._captured: dict[tuple, _Captured] = {}
         self._one_at_a_time = threading.Lock()  # the buffers are shared
+        self._memory: Any = None  # the graphs', which take turns in it
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `WorldModel.velocity`."""
-        few = latents.is_cuda and latents[:, 0].numel() <= _MOST_TOKENS
-        if not few or context.at.time is not WHOLE_CLIP or torch.is_autocast_enabled("cuda"):
+        time, inputs = context.at.time, _tensors((latents, timestep, context))
+        few = latents.is_cuda and latents[:, 0].numel() <= _MOST_TOKENS and sum(x.nbytes for x in inputs) < _MOST_BYTES
+        if not few or (form := time.form()) is None or torch.is_autocast_enabled("cuda"):
             return self.model.velocity(latents, timestep, context)
         weights = next(self.model.parameters()).data_ptr()
-        key = weights, *((x.shape, x.dtype, x.device) for x in _tensors((latents, timestep, context)))
+        key = weights, form, time.left is None, *((x.shape, x.dtype, x.device) for x in inputs)
         with self._one_at_a_time, torch.cuda.device_of(latents), torch.inference_mode(False):
-            if key not in self._captured:
-                if len(self._captured) > 3:
-                    self._captured.clear()
-                self._captured[key] = _Captured(self.model, latents, timestep, context)
-            return self._captured[key](latents, timestep, context)
+            captured = self._captured.pop(key, None)
+            if captured is None:
+                while len(self._captured) >= _MOST_GRAPHS:
+                    del self._captured[next(iter(self._captured))]  # the one that was used longest ago
+                if self._memory is None:
+                    self._memory = torch.cuda.graph_pool_handle()
+                captured = _Captured(self.model, latents, timestep, context, self._memory)
+            self._captured[key] = captured
+            return captured(latents, timestep, context)
 
 
 class _Captured:
     @torch.no_grad()
-    def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context):
+    def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, memory: Any):
         self.inputs = latents.clone(), timestep.clone(), _copy(context)
-        self.context: Context | None = context
+        self.context = weakref.ref(context)  # whose tensors the buffers have
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             model.velocity(*self.inputs)  # compiles kernels and chooses among them, which nothing may do in a capture
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
             self.output = model.velocity(*self.inputs)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
-        changed = (latents, timestep) if context is self.context else (latents, timestep, context)
+        changed = (latents, timestep) if context is self.context() else (latents, timestep, context)
         for buffer, value in zip(_tensors(self.inputs), _tensors(changed), strict=False):
             buffer.copy_(value)
-        self.context = context
+        self.context = weakref.ref(context)
         self.graph.replay()
+        if (left := self.inputs[2].at.time.left) is not None:
+            context.at.time.left = _copy(left)
         return self.output.clone()
 
 
 def _tensors(x: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists and dataclasses, in order."""
+    """All tensors of nested tuples, lists, mappings and dataclasses, and what axes read, in order."""
     if isinstance(x, Tensor):
         return [x]
+    if isinstance(x, TimeAxis):
+        x = x.seen
+    if isinstance(x, Mapping):
+        x = list(x.values())
     if dataclasses.is_dataclass(x):
         x = [getattr(x, field.name) for field in dataclasses.fields(x)]
     return [tensor for part in x for tensor in _tensors(part)] if isinstance(x, list | tuple) else []
@@ -83,6 +99,10 @@ def _copy(x: Any) -> Any:
     """The same with tensors of its own."""
     if isinstance(x, Tensor):
         return x.clone()
+    if isinstance(x, TimeAxis):
+        return x.reading(_copy(x.seen))
+    if isinstance(x, Mapping):
+        return {key: _copy(part) for key, part in x.items()}
     if isinstance(x, list | tuple):
         return type(x)(_copy(part) for part in x)
     if dataclasses.is_dataclass(x):

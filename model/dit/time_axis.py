@@ -4,7 +4,7 @@ padded to the length of another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,16 +13,24 @@ from torch import Tensor
 
 from longtake.kernels.attention import attend, attend_float8
 from longtake.kernels.gdn import bidirectional_states
+from longtake.model.state import Traces
+
+OverTime = Callable[[Tensor, int], Tensor]  # of frames of x, from that one on, as far as they are asked for
 
 
 class TimeAxis:
     """All frames of the clip are here; a subclass may hold a stretch of them. B batch, T frames held, N tokens.
 
-    `part` names what of a block asks, for who keeps something of it; "main" and "camera" are the branches of attention,
-    whose keys are rotated by position, and the camera's values too.
+    `part` names what of a block asks, for who keeps something of it: "main" and "main camera" are the branches of a
+    GDN, "keys" and "camera keys" those of softmax attention. Keys are rotated by position, the values of cameras too.
+
+    stretches: that the clip is cut into. seen: what a pass reads of frames before it; left: what it leaves, where
+    anything is to be kept.
     """
 
-    stretches = 1  # that the clip is cut into
+    stretches = 1
+    seen: Traces = {}  # noqa: RUF012  # replaced, never changed
+    left: dict[tuple[int, str], tuple[Tensor, ...]] | None = None
 
     def held(self, x: Tensor, dim: int) -> Tensor:
         """Of a whole clip's x, the frames `dim` that are here."""
@@ -36,15 +44,21 @@ class TimeAxis:
         """The axis as one block of the network sees it."""
         return self
 
+    def form(self) -> Hashable:
+        """All but tensors that passes depend on, equal for those that can be replayed; None where none can be."""
+        return None
+
+    def reading(self, seen: Traces) -> TimeAxis:
+        """The same axis with other tensors to read, and nothing left yet."""
+        return self
+
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         """What every frame reads after a scan in both directions, as `bidirectional_states`."""
         return bidirectional_states(transition, increment)
 
-    def around(
-        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
-    ) -> Tensor:
+    def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
-        return function(x)
+        return function(x, 0)
 
     def attend(
         self,
@@ -68,7 +82,12 @@ class TimeAxis:
         return attend(q.to(dtype), k.to(dtype), v.to(dtype), scale)
 
 
-WHOLE_CLIP = TimeAxis()
+class _WholeClip(TimeAxis):
+    def form(self) -> Hashable:
+        return ()
+
+
+WHOLE_CLIP = _WholeClip()
 
 
 class Padded(TimeAxis):
@@ -96,9 +115,7 @@ class Padded(TimeAxis):
         padding = self.padding.repeat(len(increment) // len(self.padding), 1)[..., None, None, None]
         return self.axis.states(transition, increment.masked_fill(padding, 0), part)
 
-    def around(
-        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
-    ) -> Tensor:
+    def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.padding.shape
         # Frames outside a clip are zeros to a convolution.

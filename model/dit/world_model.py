@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,10 +122,12 @@ class Block(nn.Module):
         at: Positions,
         plucker: Tensor | None,
         grid: tuple,
+        rays: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, C); text (B, L, C) or its keys and values; time (B, T, 6, C)."""
+        """x (B, N, C); text (B, L, C) or its keys and values; time (B, T, 6, C); rays: what became of plucker."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).chunk(6, dim=2)
-        rays = None if plucker is None else at.seen(self.plucker_proj(plucker))
+        if plucker is not None:
+            rays = at.seen(self.plucker_proj(plucker))
         x = gated(x, gate_a, self.attn(modulate(x, shift_a, scale_a), at), plus=rays)
         x = x + self.cross_attn(x, text, mask)
         return gated(x, gate_m, *self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
@@ -147,13 +149,23 @@ class FinalLayer(nn.Module):
 @dataclass
 class Context:
     """What a denoising step reads beside the latents: the same for all steps of a sample. text: features (B, L, C), or
-    for each block their keys and values; plucker: embedded (B, N, C)."""
+    for each block their keys and values; plucker: embedded (B, N, C); rays: in its place, what each block makes of it.
+    """
 
     grid: tuple[int, int, int]
     text: Tensor | list[tuple[Tensor, Tensor]]
     mask: Tensor
     at: Positions
     plucker: Tensor | None = None
+    rays: list[Tensor] | None = None
+
+    def for_steps(self, model: WorldModel) -> Context:
+        """For many steps of few frames: what each block makes of the rays is computed once."""
+        if self.plucker is None:
+            return self
+        blocks: Any = model.blocks
+        rays = [self.at.seen(block.plucker_proj(self.plucker)) for block in blocks]
+        return replace(self, plucker=None, rays=rays)
 
 
 class WorldModel(nn.Module):
@@ -283,7 +295,8 @@ class WorldModel(nn.Module):
         modulation = self.t_block(time).unflatten(-1, (6, -1))
         for number, block in enumerate(self.blocks):
             text = context.text[number] if isinstance(context.text, list) else context.text
-            others = text, context.mask, modulation, context.at.of_block(number), context.plucker, context.grid
+            rays = context.rays[number] if context.rays else None
+            others = text, context.mask, modulation, context.at.of_block(number), context.plucker, context.grid, rays
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpointed(block, x, *others)
             else:

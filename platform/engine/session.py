@@ -24,7 +24,7 @@ from longtake.model.state import StreamState, apart
 from longtake.model.stream import ChunkStream
 from longtake.model.vae import decode_more
 
-_FORMAT = 2  # of snapshots
+_FORMAT = 3  # of snapshots
 
 
 class SessionStopped(Exception):
@@ -108,7 +108,8 @@ class Session:
         self._pipeline, self._image, self._text, self._mask = pipeline, image, text, mask
         self._seed, self._intrinsics, self._steering = seed, intrinsics, steering
         self._past = _Past()
-        self._network = ChunkStream(pipeline.part("dit"), text, mask, negative=pipeline.negative)  # type: ignore[arg-type]
+        dit: Any = pipeline.part("dit")
+        self._network = ChunkStream(dit, text, mask, negative=pipeline.negative, replay=pipeline.replay)
 
     @property
     def frames(self) -> int:

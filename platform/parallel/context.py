@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.checkpointing import once
 from longtake.model.dit.chunk_causal import ChunkCausal, chunk_sizes
-from longtake.model.dit.time_axis import TimeAxis
+from longtake.model.dit.time_axis import OverTime, TimeAxis
 from longtake.platform.parallel.peers import Peers, copied
 from longtake.platform.parallel.ring import ring_attention
 from longtake.platform.parallel.scan import shared_scan
@@ -71,11 +71,9 @@ class ContextParallel(TimeAxis):
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         return shared_scan(self.peers, transition, increment)
 
-    def around(
-        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
-    ) -> Tensor:
+    def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         before = sum(self._reached_by(self.rank, holder, reach)[1] for holder in range(self.rank))
-        return function(self._with_neighbours(x, reach, dim)).narrow(dim, before, x.shape[dim])
+        return function(self._with_neighbours(x, reach, dim), 0).narrow(dim, before, x.shape[dim])
 
     @_eager
     def _with_neighbours(self, x: Tensor, reach: int, dim: int) -> Tensor:
@@ -198,9 +196,7 @@ class SharedChunks(ContextParallel):
             transition, increment
         )
 
-    def around(
-        self, x: Tensor, reach: int, function: Callable[[Tensor], Tensor], dim: int = 1, part: str = ""
-    ) -> Tensor:
+    def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         return self._own.by_chunk(self._with_neighbours(x, reach, dim), reach, function)
 
     def attend_to_all(

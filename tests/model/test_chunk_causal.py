@@ -57,7 +57,7 @@ def frames_of(clip: dict, first: int, count: int) -> dict:
 def streamed(model: WorldModel, clip: dict, sizes: list[int], window: int | None) -> tuple[list[Tensor], StreamState]:
     state, velocities = StreamState(), []
     for size in sizes:
-        axis = ChunkCausal([size], window, state, model.rotary)
+        axis = ChunkCausal([size], window, state, model.rotary, keep=True)
         velocities.append(model(**frames_of(clip, state.frames, size), time_axis=axis))
         state = axis.after()
     return velocities, state
@@ -80,9 +80,9 @@ def test_a_stream_of_chunks_is_the_clip_that_they_make(exact, frames, window):
     assert state.frames == frames and state.chunks == len(sizes)
     assert [chunk for chunk, *_ in state.kept] == ([0, len(sizes) - 1] if window else list(range(len(sizes))))
     # Several chunks may follow several.
-    first = ChunkCausal(sizes[:2], window)
+    first = ChunkCausal(sizes[:2], window, keep=True)
     model(**frames_of(whole, 0, sum(sizes[:2])), time_axis=first)
-    second = ChunkCausal(sizes[2:], window, first.after(), model.rotary)
+    second = ChunkCausal(sizes[2:], window, first.after(), model.rotary, keep=True)
     rest = model(**frames_of(whole, sum(sizes[:2]), sum(sizes[2:])), time_axis=second)
     assert error(rest, true[:, :, sum(sizes[:2]) :]) < 1e-5
     kept = second.after().kept
