@@ -1,6 +1,7 @@
 """Time a video made chunk by chunk, from its first minute to its tenth, and many videos at once.
 
 Random weights of the few-step model, denoising alone: no autoencoder. A chunk is its steps and the pass that keeps it.
+Of a minute, nobody waits for its chunks; chunks timed one by one are waited for.
 Figures go to docs/measurements/stream_DEVICE.
 """
 
@@ -64,8 +65,10 @@ class Streams:
         self.config, self.device = config, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
-            self.model = WorldModel(config).to(dtype).eval().requires_grad_(False)
+            model = WorldModel(config).to(dtype).eval().requires_grad_(False)
+        self.model = model.lay_out()
         self.dtype, self.size, self.replay = dtype, config.chunk_size, Replay(self.model)
+        self.cameras = [self.camera(seed) for seed in range(8)]
 
     def stream(self, replayed: bool = True) -> ChunkStream:
         text = torch.randn(1, self.config.text.length, self.config.text_dim, device=self.device, dtype=self.dtype)
@@ -91,41 +94,42 @@ class Streams:
         one.keep(euler(velocity, noise, sampler_sigmas(self.config.sampler), 1 if first else 0), sizes)
         return one
 
-    def timed(self, streams: Sequence[ChunkStream], seed: int) -> tuple[ChunkStream, float]:
-        """A chunk and its milliseconds."""
-        camera = self.camera(seed).expand(len(streams))
-        begin = self._now()
-        after = self.chunk(streams, camera)
-        return after, 1e3 * (self._now() - begin)
-
-    def run(self, chunks: int, replayed: bool = True) -> Iterator[tuple[ChunkStream, float]]:
-        """A new video: after each chunk, its stream and the milliseconds it took."""
+    def run(self, chunks: int, replayed: bool = True) -> Iterator[ChunkStream]:
+        """A new video: its stream after each chunk."""
         stream = self.stream(replayed)
         for number in range(chunks):
-            stream, milliseconds = self.timed([stream], number)
-            yield stream, milliseconds
+            stream = self.chunk([stream], self.cameras[number % len(self.cameras)])
+            yield stream
+
+    def timed(self, chunks: Iterator[ChunkStream]) -> Iterator[tuple[ChunkStream, float]]:
+        """After each chunk, the milliseconds it took."""
+        begin = self._now()
+        for stream in chunks:
+            yield stream, 1e3 * (self._now() - begin)
+            begin = self._now()
 
     def measure(self, minutes: int, chunks_a_minute: int, sessions: int) -> dict[str, float]:
         # The first chunk with all that is compiled and captured, and the others that are unlike later ones.
-        first, *_ = [milliseconds for _, milliseconds in self.run(_UNTIL_STEADY)]
+        first, *_ = [milliseconds for _, milliseconds in self.timed(self.run(_UNTIL_STEADY))]
+        begin = self._now()
+        for _ in self.run(chunks_a_minute):
+            pass
+        minute = self._now() - begin
         times, peaks, stream = [], [], self.stream()
         with Progress(minutes * chunks_a_minute, "chunks", "stream") as progress:
-            for after, milliseconds in self.run(minutes * chunks_a_minute):
-                stream = after
+            for stream, milliseconds in self.timed(self.run(minutes * chunks_a_minute)):  # noqa: B007  # used later
                 times.append(milliseconds)
                 progress.update(1)
                 if len(times) % chunks_a_minute == 0:
                     peaks.append(measurements.peak_memory() / 1e9)
         of_minute = [times[n * chunks_a_minute : (n + 1) * chunks_a_minute] for n in range(minutes)]
         steady = times[len(times) // 20 + 1 :]
-        plain = [milliseconds for _, milliseconds in self.run(2 * _UNTIL_STEADY, replayed=False)]
-        alone = [self.timed([stream], seed)[1] for seed in range(sessions)]
-        for _ in range(2):  # the first one may tune what it runs
-            _, together = self.timed([stream] * sessions, 0)
+        plain = [milliseconds for _, milliseconds in self.timed(self.run(2 * _UNTIL_STEADY, replayed=False))]
+        alone, together = (self.batches(stream, count, sessions // count) for count in (1, sessions))
         return {
             "first_chunk_s": first / 1e3,
             "first_chunk_warm_s": times[0] / 1e3,
-            "minute_s": sum(of_minute[0]) / 1e3 * _OF_A_MINUTE / (chunks_a_minute * self.size),
+            "minute_s": minute * _OF_A_MINUTE / (chunks_a_minute * self.size),
             "chunk_ms_first_minute": statistics.median(of_minute[0]),
             "chunk_ms_last_minute": statistics.median(of_minute[-1]),
             "slope_ms_per_chunk": float(np.polyfit(np.arange(len(steady)), steady, 1)[0]),
@@ -133,9 +137,19 @@ class Streams:
             "session_mb": stream.state.nbytes / 1e6,
             "peak_gb_first_minute": peaks[0],
             "peak_gb": peaks[-1],
-            f"sessions{sessions}_over_serial": together / sum(alone),
+            f"sessions{sessions}_over_serial": together / alone,
             f"sessions{sessions}_ms": together,
         }
+
+    def batches(self, stream: ChunkStream, size: int, count: int) -> float:
+        """Milliseconds of the next chunk of so many batches of sessions, after one that may tune what it runs."""
+        camera = self.cameras[0].expand(size)
+        begin = 0.0
+        for number in range(1 + count):
+            if number < 2:
+                begin = self._now()
+            self.chunk([stream] * size, camera)
+        return 1e3 * (self._now() - begin)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -76,6 +76,8 @@ class WorldPipeline:
             if not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
             nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
+            if isinstance(module, WorldModel):
+                module.lay_out()
         return cls(config, modules, device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:

@@ -102,7 +102,7 @@ class ChunkCausal(TimeAxis):
         return tuple(_joined(x, self._seen(ahead, area)).clone() for x in whole)
 
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
-        (state,) = self._from_past(part) or (None,)
+        (state,) = self.seen.get((self._block, part), (None,))
         if len(self.sizes) == 1:
             # The last frame reads nothing backwards.
             states = bidirectional_states(transition, increment, state)
@@ -125,8 +125,8 @@ class ChunkCausal(TimeAxis):
 
     def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         assert dim == 1
-        tail = self._from_past(part)
-        x = self._after_reach(torch.cat(tail + (x,), 1) if tail else x, reach)
+        (x,) = self._after_past(part, x)
+        x = self._after_reach(x, reach)
         self._leave(part, x[:, x.shape[1] - reach :])
         return self.by_chunk(x, reach, function)
 
@@ -168,8 +168,7 @@ class ChunkCausal(TimeAxis):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         area = q.shape[1] // sum(self.sizes)
         self._leave(part, k, v)
-        if before := self._from_past(part):
-            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
+        k, v = self._after_past(part, k, v)
         outs = []
         for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
             runs = self._seen(chunk, area)
@@ -190,9 +189,16 @@ class ChunkCausal(TimeAxis):
         """Whether chunk `by` sees the keys of `chunk`."""
         return chunk <= by and (self.window is None or chunk == 0 or chunk >= by - self.window)
 
-    def _from_past(self, part: str) -> tuple[Tensor, ...]:
-        """What a part of the block needs of the past; empty at the beginning."""
-        return self.seen.get((self._block, part), ())
+    def _after_past(self, part: str, *own: Tensor) -> tuple[Tensor, ...]:
+        """After what a part of the block sees of the past, if there is any."""
+        if (before := self.seen.get((self._block, part))) is None:
+            return own
+        length = own[0].shape[1]
+        if torch.is_grad_enabled():
+            return tuple(torch.cat([past[:, :-length], x], 1) for past, x in zip(before, own, strict=True))
+        for room, x in zip(before, own, strict=True):
+            room[:, -length:] = x
+        return before
 
     def _leave(self, part: str, *trace: Tensor) -> None:
         if self.left is not None and not torch.is_grad_enabled():

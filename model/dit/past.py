@@ -15,16 +15,34 @@ from longtake.kernels.ucpe.reference import rotate
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.state import KEYS, StreamState, Traces, joined
 
+_STATES = "main", "main camera", "mass"
+
 
 def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Traces:
-    """The traces of `past` as a pass over the `frames` latent frames after it reads them; rotary: the network's."""
-    return {(block, part): _turned(past, trace, part, frames, rotary) for (block, part), trace in past.traces.items()}
+    """The traces of `past` as a pass over the `frames` latent frames after it reads them; rotary: the network's.
+
+    Those along tokens or frames are followed by room for the pass' own.
+    """
+    found = {}
+    for (block, part), trace in past.traces.items():
+        turned = _turned(past, trace, part, frames, rotary)
+        if part not in _STATES:
+            per_frame = trace[0].shape[1] // sum(size for _, size, _ in past.kept) if part in KEYS else 1
+            turned = tuple(_with_room(x, per_frame * frames) for x in turned)
+        found[block, part] = turned
+    return found
+
+
+def _with_room(x: Tensor, more: int) -> Tensor:
+    whole = x.new_empty(x.shape[0], x.shape[1] + more, *x.shape[2:])
+    whole[:, : x.shape[1]] = x
+    return whole
 
 
 def _turned(
     past: StreamState, trace: tuple[Tensor, ...], part: str, frames: int, rotary: RotaryTable | None
 ) -> tuple[Tensor, ...]:
-    if part in ("main", "main camera"):
+    if part in _STATES and part != "mass":  # whose keys are not rotated
         assert rotary is not None
         return (_state(trace[0], part, *rotary.turn(past.frames - past.origin, trace[0].device)),)
     if part not in KEYS:

@@ -17,7 +17,7 @@ from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 
 _MOST_TOKENS = 16_000  # of all clips; beyond them the GPU is the slower one
-_MOST_BYTES = 1 << 30  # that a graph reads beside the weights, which it holds twice
+_MOST_BYTES = 2 << 30  # that a graph reads beside the weights, which it holds twice
 _MOST_GRAPHS = 8  # of one network
 
 
