@@ -73,10 +73,9 @@ class ChunkCausal(TimeAxis):
         own.left = {}
         return own
 
-    def reading(self, seen: Traces) -> ChunkCausal:
+    def reading(self, seen: Traces, keep: bool) -> ChunkCausal:
         own = copy(self)
-        own.past = replace(self.past, traces={})
-        own.seen, own.left = seen, None if self.left is None else {}
+        own.past, own.seen, own.left = replace(self.past, traces={}), seen, {} if keep else None
         return own
 
     def form(self) -> Hashable:

@@ -17,8 +17,8 @@ from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 
 _MOST_TOKENS = 16_000  # of all clips; beyond them the GPU is the slower one
-_MOST_BYTES = 2 << 30  # that a graph reads beside the weights, which it holds twice
-_MOST_GRAPHS = 8  # of one network
+_MOST_BYTES = 2 << 30  # that a step reads beside the weights, of which there are two then
+_MOST_SHAPES = 8  # of one network
 
 
 class Replay:
@@ -43,11 +43,11 @@ class Replay:
         if not few or (form := time.form()) is None or torch.is_autocast_enabled("cuda"):
             return self.model.velocity(latents, timestep, context)
         weights = next(self.model.parameters()).data_ptr()
-        key = weights, form, time.left is None, *((x.shape, x.dtype, x.device) for x in inputs)
+        key = weights, form, *((x.shape, x.dtype, x.device) for x in inputs)
         with self._one_at_a_time, torch.cuda.device_of(latents), torch.inference_mode(False):
             captured = self._captured.pop(key, None)
             if captured is None:
-                while len(self._captured) >= _MOST_GRAPHS:
+                while len(self._captured) >= _MOST_SHAPES:
                     del self._captured[next(iter(self._captured))]  # the one that was used longest ago
                 if self._memory is None:
                     self._memory = torch.cuda.graph_pool_handle()
@@ -57,29 +57,48 @@ class Replay:
 
 
 class _Captured:
+    """Steps of one shape: those that leave something for later ones, and those that do not."""
+
     @torch.no_grad()
     def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, memory: Any):
+        self.model, self.memory = model, memory
         self.inputs = latents.clone(), timestep.clone(), _copy(context)
-        self.context = weakref.ref(context)  # whose tensors the buffers have
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            model.velocity(*self.inputs)  # compiles kernels and chooses among them, which nothing may do in a capture
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-            self.output = model.velocity(*self.inputs)
+        self.copied: list[Any] = [None] * len(_tensors(self.inputs))
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, TimeAxis]] = {}
 
     @torch.no_grad()
     def __call__(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
-        changed = (latents, timestep) if context is self.context() else (latents, timestep, context)
-        for buffer, value in zip(_tensors(self.inputs), _tensors(changed), strict=False):
-            buffer.copy_(value)
-        self.context = weakref.ref(context)
-        self.graph.replay()
-        if (left := self.inputs[2].at.time.left) is not None:
-            context.at.time.left = _copy(left)
-        return self.output.clone()
+        self._copy_in(_tensors((latents, timestep, context)))
+        keep = context.at.time.left is not None
+        if keep not in self.graphs:
+            self.graphs[keep] = self._capture(keep)
+        graph, output, time = self.graphs[keep]
+        graph.replay()
+        if time.left is not None:
+            context.at.time.left = _copy(time.left)
+        return output.clone()
+
+    def _copy_in(self, values: list[Tensor]) -> None:
+        for number, (buffer, value) in enumerate(zip(_tensors(self.inputs), values, strict=True)):
+            # Latents and times come first, and may have changed in place; what a context holds does not.
+            if number < 2 or self.copied[number] is None or self.copied[number]() is not value:
+                buffer.copy_(value)
+                self.copied[number] = weakref.ref(value)
+
+    def _capture(self, keep: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, TimeAxis]:
+        latents, timestep, context = self.inputs
+        time = context.at.time.reading(context.at.time.seen, keep)
+        context = dataclasses.replace(context, at=dataclasses.replace(context.at, time=time))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Compiles kernels and chooses among them, which nothing may do in a capture.
+            self.model.velocity(latents, timestep, context)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.memory, stream=stream, capture_error_mode="thread_local"):
+            output = self.model.velocity(latents, timestep, context)
+        return graph, output, time
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -100,7 +119,7 @@ def _copy(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, TimeAxis):
-        return x.reading(_copy(x.seen))
+        return x.reading(_copy(x.seen), keep=False)
     if isinstance(x, Mapping):
         return {key: _copy(part) for key, part in x.items()}
     if isinstance(x, list | tuple):

@@ -48,8 +48,8 @@ class TimeAxis:
         """All but tensors that passes depend on, equal for those that can be replayed; None where none can be."""
         return None
 
-    def reading(self, seen: Traces) -> TimeAxis:
-        """The same axis with other tensors to read, and nothing left yet."""
+    def reading(self, seen: Traces, keep: bool) -> TimeAxis:
+        """The same axis with other tensors to read, and nothing left yet; keep: but it will be."""
         return self
 
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
