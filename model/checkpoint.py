@@ -1,4 +1,8 @@
-"""Safetensors files, single or sharded, from a folder or an hf:// id."""
+"""Safetensors files, single or sharded, from a folder or an hf:// id.
+
+A matrix or convolution may lie in 8 bits: int8 under its own name, and under NAME_scale what its rows, output channels,
+are multiplied by. It is float32 once loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+_SCALE = "_scale"
 
 
 def local_folder(path: str | Path) -> Path:
@@ -68,27 +74,44 @@ def load_safetensors(folder: Path, headers_only: bool = False) -> dict[str, Tens
 
 
 def save_safetensors(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
-    """Write one file, floating-point tensors as `dtype`; it appears whole or not at all."""
-    kept = {
-        name: tensor.detach()
-        .to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-        .contiguous()
-        .clone()
-        for name, tensor in tensors.items()
-    }
+    """Write one file, floating-point tensors as `dtype`; it appears whole or not at all. As torch.int8, tensors of two
+    dimensions or more are rounded to 127 steps of their rows' largest number, and others are float16.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu")
+        if not (dtype and tensor.is_floating_point()):
+            kept[name] = tensor.contiguous().clone()
+        elif dtype == torch.int8 and tensor.ndim > 1:
+            kept[name], kept[name + _SCALE] = _rounded(tensor.float())
+        else:
+            kept[name] = tensor.to(torch.float16 if dtype == torch.int8 else dtype).contiguous().clone()
     partial = file.with_name(f".{file.name}.partial")
     save_file(kept, partial)
     partial.replace(file)
 
 
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as int8, and the scale of its rows: x is about their product."""
+    scale = x.abs().amax(tuple(range(1, x.ndim)), keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round().to(torch.int8), scale
+
+
 def _load(file: Path) -> dict[str, Tensor]:
     with _told(file):
-        return load_file(file)
+        tensors = load_file(file)
+    for name in [name for name, tensor in tensors.items() if tensor.dtype == torch.int8 and name + _SCALE in tensors]:
+        tensors[name] = tensors[name] * tensors.pop(name + _SCALE)
+    return tensors
 
 
 def _load_header(file: Path) -> dict[str, Tensor]:
     with _told(file), safe_open(file, framework="pt") as opened:
-        return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in opened.keys()}  # noqa: SIM118
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        scales = {name + _SCALE for name, found in slices.items() if found.get_dtype() == "I8"}
+        return {
+            name: torch.empty(found.get_shape(), device="meta") for name, found in slices.items() if name not in scales
+        }
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""The named configurations: `tiny`, shipped with its weights; `sana-wm`, the public 2.66 B model; and its
-`sana-wm-streaming`, which makes a video chunk by chunk in four steps each.
+"""The named configurations: `tiny`, shipped with its weights, and `sana-wm`, the public 2.66 B model; and of each the
+`-streaming` form, which makes a video chunk by chunk in four steps each.
 """
 
 from __future__ import annotations
@@ -43,10 +43,20 @@ TINY = WorldModelConfig(
         decoder_layers_per_block=(2, 1, 1, 0),
         upsample_factor=(1, 1, 2),
         decoder_spatial_padding_mode="zeros",
+        decoder_causal=True,
     ),
 )
 
-_PRESETS = {config.name: config for config in (TINY, SANA_WM, SANA_WM_STREAMING)}
+TINY_STREAMING = dataclasses.replace(
+    TINY,
+    name="tiny-streaming",
+    chunk_causal=True,
+    chunk_window=1,
+    # The quarter points of its schedule.
+    sampler=SamplerConfig(4, 4.0, 1.0, timesteps=(1000, 923, 800, 571, 0), chunk_interval=1),
+)
+
+_PRESETS = {config.name: config for config in (TINY, TINY_STREAMING, SANA_WM, SANA_WM_STREAMING)}
 
 
 def names() -> list[str]:

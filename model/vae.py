@@ -56,6 +56,20 @@ def _initialise(vae: AutoencoderKLLTX2Video) -> None:
     vae.encoder.get_parameter("conv_out.conv.bias")[-1] = -6
 
 
+@torch.no_grad()
+def make_causal(vae: AutoencoderKLLTX2Video) -> None:
+    """Weights of a decoder that sees later frames, as a start for one that does not: what later frames were multiplied
+    by, a frame itself is.
+    """
+    for module in vae.decoder.modules():
+        if isinstance(module, LTX2VideoCausalConv3d):
+            weight, reach = module.conv.weight, (module.kernel_size[0] - 1) // 2
+            seen = weight[:, :, : reach + 1].clone()
+            seen[:, :, reach] += weight[:, :, reach + 1 :].sum(2)
+            weight.zero_()
+            weight[:, :, reach:] = seen
+
+
 def to_pixels(video: Tensor) -> Tensor:
     """uint8 (B, F, H, W, 3) -> float32 (B, 3, F, H, W) in [-1, 1]."""
     return video.movedim(-1, 1).float() / 127.5 - 1

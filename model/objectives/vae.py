@@ -11,7 +11,7 @@ from longtake.model import weights
 from longtake.model.config import WorldModelConfig
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.objective import Batch, Loss, Objective
-from longtake.model.vae import build_vae, to_pixels, to_uint8
+from longtake.model.vae import build_vae, make_causal, to_pixels, to_uint8
 
 
 class VAEObjective(Objective):
@@ -33,7 +33,7 @@ class VAEObjective(Objective):
         freeze_encoder: bool = False,
     ):
         super().__init__()
-        self.vae = build_vae(config)
+        self.config, self.vae = config, build_vae(config)
         self.freeze_encoder = freeze_encoder
         self.vae.encoder.requires_grad_(not freeze_encoder)
         self.squared_weight, self.edge_weight, self.kl_weight = squared_weight, edge_weight, kl_weight
@@ -80,7 +80,11 @@ class VAEObjective(Objective):
         weights.save_part(self.vae, folder, "vae", dtype)
 
     def load(self, folder: Path) -> None:
+        """A decoder that sees later frames becomes one that does not, where the configuration says so."""
         weights.load_part(self.vae, folder, "vae")
+        saved = weights.config_for(self.config, folder).vae
+        if self.config.vae.get("decoder_causal") and not saved.get("decoder_causal"):
+            make_causal(self.vae)
 
 
 OBJECTIVE = VAEObjective

@@ -222,8 +222,6 @@ def _few_steps(sampler: SamplerConfig) -> dict[str, Any]:
     return dict(chunk_causal=True, chunk_window=1, sampler=sampler)
 
 
-_FEW_OF_TINY = SamplerConfig(4, 4.0, 1.0, timesteps=(1000, 923, 800, 571, 0), chunk_interval=1)  # its quarter points
-
 _TINY_ODE = Stage(
     name="stage4_ode",
     objective="ode",
@@ -236,7 +234,7 @@ _TINY_ODE = Stage(
     weight_decay=0.01,
     ema=0.99,
     options=dict(caption_dropout=0.0),
-    model=_few_steps(_FEW_OF_TINY),
+    model=_few_steps(presets.TINY_STREAMING.sampler),
     init_from=("stage4_causal", "stage3_minute"),
     cache="device",
 )
@@ -267,7 +265,7 @@ _TINY_DISTILL = Stage(
     grad_clip=10.0,
     ema=0.99,
     options=dict(guidance=0.0, score_shift=4.0, critic_rate=1.0),
-    model=_few_steps(_FEW_OF_TINY),
+    model=_few_steps(presets.TINY_STREAMING.sampler),
     init_from=("stage4_ode",),
     cache="device",
 )

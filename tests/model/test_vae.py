@@ -1,7 +1,18 @@
+import dataclasses
+
 import pytest
 import torch
 
-from longtake.model.vae import build_vae, decode_latents, denormalise, encode_frames, normalise, to_pixels, to_uint8
+from longtake.model.vae import (
+    build_vae,
+    decode_latents,
+    denormalise,
+    encode_frames,
+    make_causal,
+    normalise,
+    to_pixels,
+    to_uint8,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -53,3 +64,22 @@ def test_normalisation_and_pixels_round_trip(vae):
     torch.testing.assert_close(denormalise(vae, normalise(vae, latents)), latents)
     frames = torch.randint(0, 256, (1, 9, 4, 6, 3), dtype=torch.uint8)
     assert torch.equal(to_uint8(to_pixels(frames)), frames)
+
+
+def test_a_decoder_that_becomes_causal_sees_nothing_later_and_starts_near_what_it_was(config):
+    torch.manual_seed(0)
+    symmetric = build_vae(dataclasses.replace(config, vae=config.vae | {"decoder_causal": False}))
+    causal, untouched = build_vae(config), build_vae(config)
+    for vae in (causal, untouched):
+        vae.load_state_dict(symmetric.state_dict())
+    make_causal(causal)
+    still = torch.randn(1, config.latent_channels, 1, 2, 3).expand(-1, -1, 4, -1, -1)
+    moved = still.clone()
+    moved[:, :, 2:] += 1
+    with torch.no_grad():
+        true, before, other, after = (
+            vae.decode(latents, return_dict=False)[0]
+            for vae, latents in ((symmetric, still), (causal, still), (untouched, still), (causal, moved))
+        )
+    assert (before - true).norm() < 0.8 * (other - true).norm()
+    assert torch.equal(before[:, :, :9], after[:, :, :9]) and not torch.allclose(before[:, :, 9:], after[:, :, 9:])
