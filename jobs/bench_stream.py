@@ -131,7 +131,7 @@ class Streams:
             "first_chunk_warm_s": times[0] / 1e3,
             "minute_s": minute * _OF_A_MINUTE / (chunks_a_minute * self.size),
             "chunk_ms_first_minute": statistics.median(of_minute[0]),
-            "chunk_ms_last_minute": statistics.median(of_minute[-1]),
+            f"chunk_ms_{'tenth' if minutes == 10 else 'last'}_minute": statistics.median(of_minute[-1]),
             "slope_ms_per_chunk": float(np.polyfit(np.arange(len(steady)), steady, 1)[0]),
             "chunk_ms_without_replay": statistics.median(plain[_UNTIL_STEADY:]),
             "session_mb": stream.state.nbytes / 1e6,

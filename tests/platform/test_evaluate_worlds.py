@@ -15,6 +15,7 @@ from longtake.jobs import evaluate_worlds
 from longtake.model.camera import parse_actions
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
+from longtake.platform.evaluate.evaluation import spread
 from longtake.platform.evaluate.identification import fans, identify, path_errors, psnr_db
 from longtake.platform.observe.job import run_job
 
@@ -99,7 +100,7 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
     written: dict[str, float] = {}
     monkeypatch.setattr(evaluate_worlds.measurements, "write", lambda name, figures: written.update(figures, name=name))
     options = ["--batch-size", "2", "--long", "3", "--long-videos", "1", "--limit", "2", "--device", "cpu"]
-    evaluate_worlds.main([*command, *options])
+    evaluate_worlds.main([*command, *options, "--against", command[1]])
     assert written.pop("name") == "tiny_quality"
     assert set(written) == {
         "vae_psnr_db",
@@ -110,9 +111,19 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
         "translation_error_m",
         "translation_error_m_no_camera",
         "starts",
-        "sharpness_drift_3s",
-        "color_drift_3s",
+        "seconds_for_3s_video",
+        "sharpness_drift",
+        "color_drift",
+        *(f"{kind}_drift_{way}" for kind in ("sharpness", "color") for way in ("walk", "still", "back")),
+        "return_psnr_db_still",
+        "return_psnr_db_back",
+        "identification_3way_against",
+        "rotation_error_deg_against",
+        "translation_error_m_against",
+        "identification_ratio",
     }
+    assert written["identification_ratio"] == (1 if written["identification_3way"] else 0)  # of the same weights
+    assert written["color_drift"] >= written["color_drift_still"]
     assert 0 <= written["identification_3way"] <= 1
     assert (written["identification_3way"] == 1) == (written["translation_error_m"] == 0)
     out = Path(command[-1])
@@ -123,16 +134,19 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
         "camera_01.png",
         "no_camera_00.png",
         "no_camera_01.png",
-        "long_00.png",
+        "long_walk_00.png",
+        "long_still_00.png",
+        "long_back_00.png",
+        "against",
     }
     assert {path.name for path in out.iterdir()} == names
     assert Image.open(out / "camera_00.png").width == 6 * 96
 
 
 def test_clips_and_starts_are_taken_from_all_places():
-    assert evaluate_worlds._spread(list("abcdef"), 3) == ["a", "c", "f"]
-    assert evaluate_worlds._spread(["a", "b"], 9) == ["a", "b"]
-    assert evaluate_worlds._spread(["a", "b"], 0) == []
+    assert spread(list("abcdef"), 3) == ["a", "c", "f"]
+    assert spread(["a", "b"], 9) == ["a", "b"]
+    assert spread(["a", "b"], 0) == []
 
 
 def test_the_autoencoder_alone_needs_no_fans(command, tmp_path, capsys):
