@@ -12,7 +12,6 @@ from torch import Tensor
 from longtake.model.camera import CameraFeatures
 from longtake.model.dit.chunk_causal import ChunkCausal
 from longtake.model.dit.replay import Replay
-from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 from longtake.model.state import StreamState, joined, together
 
@@ -75,7 +74,9 @@ class ChunkStream:
     def trained_velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
         """As `velocity`, without guidance. Gradients go to the network, but not through the chunks that it kept."""
         assert self.guidance == 1
-        context = self._placed(x, self.model.read_text(self.features), self._axis_of(sizes))
+        # What is computed again in the backward pass needs no more of the past than it reads.
+        axis = self._axis_of(sizes)
+        context = self._placed(x, self.model.read_text(self.features), axis.reading(axis.seen, keep=False))
         return self.model.velocity(x, timestep, context)
 
     def keep(self, x: Tensor, sizes: Sequence[int]) -> None:
@@ -111,7 +112,7 @@ class ChunkStream:
             self._context = self._placed(x, self.text, axis).for_steps(self.model)
         return self._context
 
-    def _placed(self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: TimeAxis) -> Context:
+    def _placed(self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: ChunkCausal) -> Context:
         grid = tuple(x.shape[2:])
         return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis)
 

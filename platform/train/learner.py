@@ -69,7 +69,8 @@ class Learner:
             "steps_per_print": 1 << 30,
         }
         if stage.offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            # Gradients leave in smaller portions: of the usual ones, those under way take gigabytes.
+            config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 100_000_000}
             config["zero_force_ds_cpu_optimizer"] = False  # torch's own needs no compiler
         if self.device.type == "cuda" and stage.dtype == "bfloat16":
             # DeepSpeed turns off an autocast from outside. No safe modules: gradients are summed in float32.
