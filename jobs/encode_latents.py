@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 from collections import deque
@@ -80,9 +79,9 @@ def encode(
     if not shards:
         raise ValueError(f"no clips in {clips}: render some with `longtake render-worlds --store {clips}`")
     open_with(f"{store.uri}/{shards[0]}.parquet", SCHEMA.names)
-    encoding = {"preset": config.name, "frames": frames, "vae": _digest(Path(folder) / "vae")}
+    encoding = {"preset": config.name, "frames": frames, "vae": weights.digest(Path(folder) / "vae")}
     if config.text.frozen:
-        encoding["text"] = _digest(Path(folder) / "text_encoder")
+        encoding["text"] = weights.digest(Path(folder) / "text_encoder")
     made = LatentStore(latents)
     made.claim(encoding)
     arguments = config, clips, latents, folder, frames, batch
@@ -181,13 +180,6 @@ def _encoded(clip: Clip, latents: np.ndarray) -> EncodedClip:
         clip.split,
         clip.licence,
     )
-
-
-def _digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _parser() -> argparse.ArgumentParser:

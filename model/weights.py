@@ -9,6 +9,7 @@ Loading is strict: a missing, extra or wrongly shaped tensor is a ValueError tha
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def config_from_dict(saved: dict) -> WorldModelConfig:
         values[name] = kind(**{key: freeze(value) for key, value in saved[name].items()})
     values["vae"] = {key: freeze(value) for key, value in saved["vae"].items()}
     return WorldModelConfig(**values)
+
+
+def digest(folder: Path) -> str:
+    """Sixteen hexadecimal digits that name what the folder's safetensors hold."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def save_config(config: WorldModelConfig, folder: Path) -> None:

@@ -22,11 +22,11 @@ _MOST_SHAPES = 8  # of one network
 
 
 class Replay:
-    """`velocity` of a network whose weights stay where they are, without gradients.
+    """`velocity` of a network whose weights stay where they are, whatever becomes of them, without gradients.
 
     The first step of a shape is captured, with buffers of its own for everything that it reads; later ones copy what
-    has changed into them. Off a GPU, for more tokens, for a part of a clip or a padded one, for chunks that see more of
-    the past each time, and under autocast the network itself is called.
+    has changed into them. Off a GPU, for more tokens, for a part of a clip or a padded one, and for chunks that see
+    more of the past each time the network itself is called.
     """
 
     def __init__(self, model: WorldModel):
@@ -40,10 +40,11 @@ class Replay:
         """As `WorldModel.velocity`."""
         time, inputs = context.at.time, _tensors((latents, timestep, context))
         few = latents.is_cuda and latents[:, 0].numel() <= _MOST_TOKENS and sum(x.nbytes for x in inputs) < _MOST_BYTES
-        if not few or (form := time.form()) is None or torch.is_autocast_enabled("cuda"):
+        if not few or (form := time.form()) is None:
             return self.model.velocity(latents, timestep, context)
         weights = next(self.model.parameters()).data_ptr()
-        key = weights, form, *((x.shape, x.dtype, x.device) for x in inputs)
+        cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = weights, form, cast, *((x.shape, x.dtype, x.device) for x in inputs)
         with self._one_at_a_time, torch.cuda.device_of(latents), torch.inference_mode(False):
             captured = self._captured.pop(key, None)
             if captured is None:
@@ -91,13 +92,15 @@ class _Captured:
         context = dataclasses.replace(context, at=dataclasses.replace(context.at, time=time))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Compiles kernels and chooses among them, which nothing may do in a capture.
-            self.model.velocity(latents, timestep, context)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory, stream=stream, capture_error_mode="thread_local"):
-            output = self.model.velocity(latents, timestep, context)
+        # Weights that were cast once and kept would stay as they are.
+        with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            with torch.cuda.stream(stream):
+                # Compiles kernels and chooses among them, which nothing may do in a capture.
+                self.model.velocity(latents, timestep, context)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.memory, stream=stream, capture_error_mode="thread_local"):
+                output = self.model.velocity(latents, timestep, context)
         return graph, output, time
 
 

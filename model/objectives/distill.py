@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
+from longtake.model.dit.replay import Replay
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.objective import Batch, Loss, Objective
@@ -29,11 +30,12 @@ class Generator(FlowObjective):
     """
 
     towards: Callable[[Batch, Tensor, Draws], Tensor]
+    replay: Replay | None = None
 
     def rollout(self, batch: Batch, draws: Draws) -> Tensor:
         """A video after each clip's first frame. Its chunks leave after a step that all workers draw alike."""
         timesteps, shape = self.config.sampler.timesteps[:-1], batch["latents"].shape[1:]
-        network = ChunkStream(self.world_model, *self.encode_text(batch), self.camera(batch))
+        network = ChunkStream(self.world_model, *self.encode_text(batch), self.camera(batch), replay=self.replay)
 
         def noise(frames: int) -> Tensor:
             return draws.normal(shape[0], frames, *shape[2:])
@@ -89,7 +91,8 @@ class DistillObjective(Objective):
     teacher: weights folder; "" is a random one. guidance: the teacher's, how far it goes on from its answer to
     `negative_prompt` past that to the caption; 0 is no further. score_shift: of the sigmas that videos are scored at.
     generator_every: how many steps of the critic are one of the generator. critic_rate: the critic's learning rate over
-    the generator's. teacher_dtype: of its weights.
+    the generator's. teacher_dtype: of its weights. replay: passes of rollouts that have no gradient go through CUDA
+    graphs, which are worth their memory for a small network.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class DistillObjective(Objective):
         generator_every: int = 5,
         critic_rate: float = 0.2,
         teacher_dtype: str = "float32",
+        replay: bool = False,
     ):
         super().__init__()
         bidirectional = dataclasses.replace(config, chunk_causal=False, chunk_window=None)
@@ -114,6 +118,7 @@ class DistillObjective(Objective):
             self.teacher.load(folder)
         self.critic.load_state_dict(self.teacher.state_dict())
         self.generator.towards = self.towards
+        self.generator.replay = Replay(self.generator.world_model) if replay else None
         self.critic.rollout, self.critic.score_shift = self.generator.rollout, score_shift
         self.teacher.requires_grad_(False)
         for network in (self.generator, self.critic):

@@ -47,8 +47,15 @@ def make_trajectories(teacher: Teacher, starts: str, trajectories: str, actors_p
     shards = source.shards()
     if not shards:
         raise ValueError(f"no encoded clips in {starts}: make some with `longtake encode-latents --latents {starts}`")
-    about = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in ("config", "batch")}
-    made.claim(about | {"timesteps": list(teacher.timesteps)})
+    parts = ("dit",) if teacher.config.text.frozen else ("dit", "text")
+    made.claim(
+        {
+            "teacher": [weights.digest(Path(teacher.folder) / weights.FOLDERS[part]) for part in parts],
+            "timesteps": list(teacher.timesteps),
+            "num_steps": teacher.num_steps,
+            "seed": teacher.seed,
+        }
+    )
     make_shards(TrajectoryMaker, (teacher, starts, trajectories), shards, made, actors_per_gpu, "trajectories")
 
 

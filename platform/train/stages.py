@@ -264,7 +264,7 @@ _TINY_DISTILL = Stage(
     betas=(0.0, 0.999),
     grad_clip=10.0,
     ema=0.99,
-    options=dict(guidance=0.0, score_shift=4.0, critic_rate=1.0),
+    options=dict(guidance=0.0, score_shift=4.0, critic_rate=1.0, replay=True),
     model=_few_steps(presets.TINY_STREAMING.sampler),
     init_from=("stage4_ode",),
     cache="device",

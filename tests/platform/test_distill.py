@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from longtake.jobs import make_trajectories, stage4_distill
 from longtake.model import presets, weights
@@ -71,7 +72,9 @@ def runs(ray_cluster: str, small_config: WorldModelConfig, teacher: Path, tmp_pa
     def settings(name: str, workers: int = 1, stage: str = "stage4_distill", **changes: Any) -> Settings:
         values = dict(frames=FRAMES, window=9, batch_size=4, steps=6, log_every=1, ema=0.0, optimizer="adamw")
         values |= dict(learning_rate=1e-3, schedule="constant", warmup=0, cache=None) | changes
-        options = {"stage4_distill": dict(teacher=str(teacher), guidance=1.0, generator_every=2)}.get(stage, {})
+        options = {"stage4_distill": dict(teacher=str(teacher), guidance=1.0, generator_every=2, replay=True)}.get(
+            stage, {}
+        )
         chosen = dataclasses.replace(stages.get(stage, "tiny"), options=options, **values)
         init = {part: str(teacher) for part in ("dit", "text")}
         return Settings(chosen, config, ((store.uri, 1.0),), str(folder / name), init, workers)
@@ -161,6 +164,13 @@ def test_a_teacher_s_trajectory_ends_in_its_rollout(starts, small_weights, tmp_p
     assert stamp == [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").glob("*.parquet"))]
     with pytest.raises(ValueError, match="choose another"):
         make_trajectories.main([*command, "--num-steps", "4"])
+    # The same weights may lie elsewhere, but not have changed.
+    moved = shutil.copytree(small_weights, tmp_path / "moved")
+    command[command.index(str(small_weights))] = str(moved)
+    make_trajectories.main([*command, "--num-steps", "3"])
+    save_file({name: 2 * tensor for name, tensor in load_file(moved / _FILE).items()}, moved / _FILE)
+    with pytest.raises(ValueError, match="choose another"):
+        make_trajectories.main([*command, "--num-steps", "3"])
 
 
 @pytest.mark.parametrize(
