@@ -23,7 +23,8 @@ class SamplerConfig:
     shift: time shift s of sigma' = s sigma / (1 + (s - 1) sigma). guidance_scale 1 means one pass without the negative
     prompt. timesteps: of weights distilled to few steps, 1000 sigma before each and, last, 0; they go with no other
     number of steps. chunk_interval: of a chunk-causal model, how much of its steps a chunk is ahead of the next one;
-    1 makes them one after another, None all at once.
+    1 makes them one after another, None all at once. fresh_noise: of a chunk-causal model of few steps, what a step
+    takes for clean gets new noise before the next one, as when it was distilled; otherwise the noise stays the same.
     """
 
     num_steps: int = 60
@@ -31,6 +32,7 @@ class SamplerConfig:
     guidance_scale: float = 5.0
     timesteps: tuple[float, ...] = ()
     chunk_interval: float | None = None
+    fresh_noise: bool = False
 
     def __post_init__(self) -> None:
         falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
@@ -40,6 +42,8 @@ class SamplerConfig:
             raise ValueError(f"num_steps is {self.num_steps}, but timesteps {self.timesteps} are others: change one")
         if self.chunk_interval is not None and not 0 < self.chunk_interval <= 1:
             raise ValueError(f"chunk_interval is {self.chunk_interval}: it must be more than 0 and at most 1")
+        if self.fresh_noise and not self.timesteps:
+            raise ValueError("fresh_noise is for weights distilled to few steps: give their timesteps, or leave it out")
 
 
 @dataclass(frozen=True)

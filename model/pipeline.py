@@ -239,11 +239,12 @@ class WorldPipeline:
         network = ChunkStream(model, text, text_mask, camera, negative, self.replay)
         sizes = chunk_sizes(frames, config.chunk_size)
 
-        def noise(chunk: int, length: int) -> Tensor:
+        def noise(chunk: int, length: int, step: int = 0) -> Tensor:
             shape = image_latents.shape[1], length, *image_latents.shape[3:]
-            return chunk_noise(shape, seeds, chunk, self.device)
+            return chunk_noise(shape, seeds, chunk, self.device, step)
 
-        chunks = chunk_flow_euler(network, noise, sizes, sigmas, config.sampler.chunk_interval, image_latents)
+        fresh, interval = noise if config.sampler.fresh_noise else None, config.sampler.chunk_interval
+        chunks = chunk_flow_euler(network, noise, sizes, sigmas, interval, image_latents, fresh)
         for number, latents in enumerate(chunks, 1):
             if progress:
                 progress(number, len(sizes))

@@ -53,7 +53,7 @@ TINY_STREAMING = dataclasses.replace(
     chunk_causal=True,
     chunk_window=1,
     # The quarter points of its schedule.
-    sampler=SamplerConfig(4, 4.0, 1.0, timesteps=(1000, 923, 800, 571, 0), chunk_interval=1),
+    sampler=SamplerConfig(4, 4.0, 1.0, timesteps=(1000, 923, 800, 571, 0), chunk_interval=1, fresh_noise=True),
 )
 
 _PRESETS = {config.name: config for config in (TINY, TINY_STREAMING, SANA_WM, SANA_WM_STREAMING)}

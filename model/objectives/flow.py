@@ -124,7 +124,11 @@ class FlowObjective(Objective):
             network = ChunkStream(self.world_model, *self.encode_text(batch), self.camera(batch))
             sizes = chunk_sizes(latents.shape[2], self.config.chunk_size)
             noise = start.split(sizes, 2)
-            given = sizes, sigmas.tolist(), sampler.chunk_interval, image
+
+            def fresh(chunk: int, frames: int, step: int) -> Tensor:
+                return draws.normal(latents.shape[1], frames, *latents.shape[3:])
+
+            given = sizes, sigmas.tolist(), sampler.chunk_interval, image, fresh if sampler.fresh_noise else None
             return torch.cat(list(chunk_flow_euler(network, lambda chunk, _: noise[chunk], *given)), 2)
         start[:, :, :1] = image
         return self.denoise(batch, start, sigmas)

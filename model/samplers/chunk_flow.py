@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -39,9 +40,12 @@ def chunk_training_sigma(normal: Tensor, way: Tensor, place: Tensor, others: Ten
     return shift_sigma(torch.where(way < _ALIKE, anchor, sigma), shift)
 
 
-def chunk_noise(shape: Sequence[int], seeds: Sequence[int], chunk: int, device: torch.device | str) -> Tensor:
-    """Unit noise (len(seeds), *shape) that depends on a clip's seed and the chunk's number alone."""
-    mixed = (np.random.SeedSequence((seed % 2**64, chunk)).generate_state(1)[0] for seed in seeds)
+def chunk_noise(
+    shape: Sequence[int], seeds: Sequence[int], chunk: int, device: torch.device | str, step: int = 0
+) -> Tensor:
+    """Unit noise (len(seeds), *shape) that depends on a clip's seed, the chunk's number and the step's alone."""
+    which = (chunk, step) if step else (chunk,)
+    mixed = (np.random.SeedSequence((seed % 2**64, *which)).generate_state(1)[0] for seed in seeds)
     return clip_noise(shape, [int(seed) for seed in mixed], device)
 
 
@@ -66,8 +70,9 @@ class _Chunk:
     def timestep(self, sigmas: Sequence[float]) -> Tensor:
         return frame_timesteps(self.x, sigmas[self.step], self.frozen)
 
-    def move(self, velocity: Tensor, sigmas: Sequence[float]) -> None:
-        self.x = euler_step(self.x, velocity, sigmas[self.step], sigmas[self.step + 1], self.frozen)
+    def move(self, velocity: Tensor, sigmas: Sequence[float], fresh: Callable[[int], Tensor] | None) -> None:
+        noise = fresh(self.step + 1) if fresh and self.step + 2 < len(sigmas) else None
+        self.x = euler_step(self.x, velocity, sigmas[self.step], sigmas[self.step + 1], self.frozen, noise)
         self.step += 1
 
 
@@ -78,12 +83,14 @@ def chunk_flow_euler(
     sigmas: Sequence[float],
     interval: float | None = None,
     start: Tensor | None = None,
+    fresh: Callable[[int, int, int], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The clean chunks (B, C, T, h, w), float32, as they are done.
 
     noise(chunk, frames): what a chunk starts from. interval: how much of its steps a chunk is ahead of the next one: by
     1 they are made one after another, by default all at once, each a little cleaner than the next. Chunks that are done
-    are not computed again. start (B, C, f, h, w): clean first frames of the first chunk.
+    are not computed again. start (B, C, f, h, w): clean first frames of the first chunk. fresh(chunk, frames, step):
+    new noise for a step, as in `euler`.
     """
     steps = len(sigmas) - 1
     interval = 1 / len(sizes) if interval is None else interval
@@ -102,8 +109,8 @@ def chunk_flow_euler(
             here = sizes[done:begun]
             timestep = torch.cat([chunk.timestep(sigmas) for chunk in flying], 1)
             velocity = network.velocity(torch.cat([chunk.x for chunk in flying], 2), timestep, here)
-            for chunk, part in zip(flying, velocity.split(list(here), 2), strict=True):
-                chunk.move(part, sigmas)
+            for number, (chunk, part) in enumerate(zip(flying, velocity.split(list(here), 2), strict=True), done):
+                chunk.move(part, sigmas, fresh and partial(fresh, number, part.shape[2]))
         while flying and flying[0].step == steps:
             network.keep(flying[0].x, [sizes[done]])
             done += 1

@@ -66,9 +66,15 @@ def frame_timesteps(x: Tensor, sigma: float, frozen_frames: int = 0) -> Tensor:
     return timestep
 
 
-def euler_step(x: Tensor, velocity: Tensor, sigma: float, following: float, frozen_frames: int = 0) -> Tensor:
-    """x, whose sigma was the first, at the following one; the first `frozen_frames` do not change."""
+def euler_step(
+    x: Tensor, velocity: Tensor, sigma: float, following: float, frozen_frames: int = 0, noise: Tensor | None = None
+) -> Tensor:
+    """x, whose sigma was the first, at the following one; the first `frozen_frames` do not change. noise: in place of
+    what the velocity takes for the noise in x.
+    """
     update = (following - sigma) * velocity.float()
+    if noise is not None:
+        update = (1 - following) * (x - sigma * velocity.float()) + following * noise - x
     update[:, :, :frozen_frames] = 0
     return x + update
 
@@ -79,16 +85,20 @@ def euler(
     sigmas: Sequence[float] | Tensor,
     frozen_frames: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    fresh: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Integrate dx = v dsigma from sigmas[0] to sigmas[-1].
 
     velocity(x, timestep (B, T)) with timestep = 1000 sigma; the first `frozen_frames` latent frames have timestep 0 and
-    never change. x: (B, C, T, h, w), float32. progress(step, steps) is called after each step.
+    never change. x: (B, C, T, h, w), float32. progress(step, steps) is called after each step. fresh(step): noise like
+    x, new for each step that is to start with some.
     """
     steps = len(sigmas) - 1
     for step in range(steps):
         sigma, following = float(sigmas[step]), float(sigmas[step + 1])
-        x = euler_step(x, velocity(x, frame_timesteps(x, sigma, frozen_frames)), sigma, following, frozen_frames)
+        noise = fresh(step + 1) if fresh and step + 1 < steps else None
+        v = velocity(x, frame_timesteps(x, sigma, frozen_frames))
+        x = euler_step(x, v, sigma, following, frozen_frames, noise)
         if progress:
             progress(step + 1, steps)
     return x

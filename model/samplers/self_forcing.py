@@ -40,7 +40,7 @@ def self_forcing(
         clean = x = torch.cat([start, noise(size)[:, :, frozen:]], 2) if frozen else noise(size)
         for step, sigma in enumerate(sigmas[: last + 1]):
             if step:
-                x = (1 - sigma) * clean + sigma * noise(size)
+                x = (1 - sigma) * clean + sigma * noise(size)  # as `euler` does with fresh noise
                 x[:, :, :frozen] = clean[:, :, :frozen]
             velocity = network.trained_velocity if step == last else network.velocity
             clean = x - sigma * velocity(x, frame_timesteps(x, sigma, frozen), [size]).float()

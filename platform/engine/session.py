@@ -158,11 +158,15 @@ class Session:
         if (most := config.most_latent_frames) is not None and stream.frames + length > most:
             raise ValueError(f"the model knows {most} latent frames, and the session has had {stream.frames}: reset it")
         camera = camera.frames(1, length + 1) if stream.frames else camera
-        shape = self._image.shape[1], length, *self._image.shape[3:]
-        noise = chunk_noise(shape, [self._seed], stream.chunks, self._pipeline.device)
+        noise = self._noise(self._past, length)
         if not stream.frames:
             noise[:, :, :1] = self._image
         return _Asked(self, self._past, actions, camera, noise, poses if stream.frames else path, motion, stop)
+
+    def _noise(self, past: _Past, length: int, step: int = 0) -> Tensor:
+        """Of the chunk of so many latent frames after `past`."""
+        shape = self._image.shape[1], length, *self._image.shape[3:]
+        return chunk_noise(shape, [self._seed], past.stream.chunks, self._pipeline.device, step)
 
     def _commit(self, asked: _Asked, latents: Tensor, stream: StreamState) -> Chunk:
         """The chunk, which from here on is of the session's past. ValueError when it is no video."""
@@ -287,7 +291,7 @@ def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionS
     camera = CameraFeatures.cat([each.camera for each in asked]).to(pipeline.device)
     pasts = [each.past.stream for each in asked]
     networks = [each.session._network.going_on(past, None) for each, past in zip(asked, pasts, strict=True)]
-    network = ChunkStream.together(networks, camera)
+    network, sampler = ChunkStream.together(networks, camera), pipeline.config.sampler
     noise = torch.cat([each.noise for each in asked])
     stopped: dict[int, SessionStopped] = {}
 
@@ -297,8 +301,17 @@ def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionS
             raise _AllStopped
         return network.velocity(x, timestep, [noise.shape[2]])
 
+    def fresh(step: int) -> Tensor:
+        return torch.cat([each.session._noise(each.past, noise.shape[2], step) for each in asked])
+
     try:
-        latents = euler(velocity, noise, sampler_sigmas(pipeline.config.sampler), 0 if pasts[0].frames else 1)
+        latents = euler(
+            velocity,
+            noise,
+            sampler_sigmas(sampler),
+            0 if pasts[0].frames else 1,
+            fresh=fresh if sampler.fresh_noise else None,
+        )
     except _AllStopped:
         return [stopped[number] for number in range(len(asked))]
     network.keep(latents, [noise.shape[2]])

@@ -26,6 +26,20 @@ def test_euler_recovers_the_clip_from_its_exact_velocity():
     torch.testing.assert_close(out, clip)
 
 
+def test_fresh_noise_takes_the_place_of_what_is_left():
+    clip, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(3, 2, 4, 3, 2, 2)
+    sigmas, seen = schedule(3, 5.0), []
+
+    def velocity(x, timestep):  # exact for any noise
+        seen.append(x)
+        return (x - clip) / (timestep[0, -1] / 1000)
+
+    out = euler(velocity, noise[0], sigmas, fresh=lambda step: noise[step])
+    torch.testing.assert_close(out, clip)
+    for x, sigma, fresh in zip(seen, sigmas[:-1], noise, strict=True):
+        torch.testing.assert_close(x, (1 - sigma) * clip + sigma * fresh)
+
+
 def test_frozen_frames_keep_their_value_and_have_timestep_zero():
     x, seen = torch.randn(1, 2, 4, 1, 1), []
 

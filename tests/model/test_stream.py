@@ -17,6 +17,7 @@ from longtake.model.dit.world_model import WorldModel
 from longtake.model.pipeline import WorldPipeline
 from longtake.model.samplers.chunk_flow import chunk_flow_euler
 from longtake.model.samplers.flow_euler import euler, sampler_sigmas
+from longtake.model.samplers.self_forcing import self_forcing
 from longtake.model.stream import ChunkStream
 
 pytestmark = pytest.mark.cpu
@@ -101,6 +102,26 @@ def test_chunks_one_after_another_are_integrated_as_a_clip_is(streaming, pipelin
     torch.testing.assert_close(next(again), found)
 
 
+def test_fresh_noise_makes_what_training_rolled_out(streaming, pipeline):
+    given, noise = inputs(streaming, 7), torch.randn(2, 4, 1, streaming.latent_channels, 4, *streaming.latent_size)
+    sigmas = sampler_sigmas(FEW).tolist()
+
+    def network() -> ChunkStream:
+        return ChunkStream(pipeline.modules["dit"], given["text"], given["text_mask"], given["camera"])  # type: ignore[arg-type]
+
+    def fresh(chunk: int, frames: int, step: int = 0) -> Tensor:
+        return noise[chunk, step][:, :, :frames]
+
+    image = given["image_latents"]
+    found = torch.cat(list(chunk_flow_euler(network(), fresh, [4, 3], sigmas, 1, image, fresh)), 2)
+    in_turn = (fresh(chunk, size, step) for chunk, size in enumerate([4, 3]) for step in range(4))
+    with torch.no_grad():
+        true = self_forcing(network(), lambda _: next(in_turn), [4, 3], sigmas[:-1], 3, image)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
+    other = torch.cat(list(chunk_flow_euler(network(), fresh, [4, 3], sigmas, 1, image)), 2)
+    assert (found - other).abs().max() > 0.1
+
+
 def test_a_longer_video_begins_alike_and_clips_do_not_see_each_other(streaming, pipeline):
     short = pipeline.rollout(**inputs(streaming, 7))
     long = pipeline.rollout(**inputs(streaming, 10))
@@ -151,6 +172,7 @@ def test_what_weights_were_not_made_for_is_refused(config, streaming, pipeline):
         (dict(timesteps=(1000, 500), num_steps=1), "must fall from at most 1000 to 0"),
         (dict(timesteps=(1000, 0), num_steps=4), "num_steps is 4, but timesteps"),
         (dict(chunk_interval=0), "it must be more than 0 and at most 1"),
+        (dict(fresh_noise=True), "is for weights distilled to few steps"),
     ):
         with pytest.raises(ValueError, match=message):
             SamplerConfig(**wrong)  # type: ignore[arg-type]

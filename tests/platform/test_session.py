@@ -108,10 +108,10 @@ def test_what_a_session_keeps_does_not_grow(pipeline, image):
     assert sizes[1] == sizes[2] == sizes[3] > 0
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_sessions_step_together_as_alone(streaming, image, guidance):
+@pytest.mark.parametrize("sampler", [dict(fresh_noise=True), dict(guidance_scale=3.0)], ids=str)
+def test_sessions_step_together_as_alone(streaming, image, sampler):
     """Of unlike captions, seeds, actions, and places in their videos."""
-    config = dataclasses.replace(streaming, sampler=dataclasses.replace(FEW, guidance_scale=guidance))
+    config = dataclasses.replace(streaming, sampler=dataclasses.replace(FEW, **sampler))
     pipeline = build(config)
     sessions = [Session(pipeline, image, caption, seed) for caption, seed in (("a hall", 0), ("outdoors", 1), ("", 2))]
     for session, chunk in zip(sessions, chunks_of(sessions, ["w-24"] * 3), strict=True):
