@@ -43,7 +43,6 @@ TINY = WorldModelConfig(
         decoder_layers_per_block=(2, 1, 1, 0),
         upsample_factor=(1, 1, 2),
         decoder_spatial_padding_mode="zeros",
-        decoder_causal=True,
     ),
 )
 
