@@ -15,7 +15,8 @@ from longtake.kernels.ucpe.reference import rotate
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.state import KEYS, StreamState, Traces, joined
 
-_STATES = "main", "main camera", "mass"
+_ROTATED = "main", "main camera"  # states by keys that are rotated
+_STATES = *_ROTATED, "mass"
 
 
 def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Traces:
@@ -42,7 +43,7 @@ def _with_room(x: Tensor, more: int) -> Tensor:
 def _turned(
     past: StreamState, trace: tuple[Tensor, ...], part: str, frames: int, rotary: RotaryTable | None
 ) -> tuple[Tensor, ...]:
-    if part in _STATES and part != "mass":  # whose keys are not rotated
+    if part in _ROTATED:
         assert rotary is not None
         return (_state(trace[0], part, *rotary.turn(past.frames - past.origin, trace[0].device)),)
     if part not in KEYS:

@@ -38,9 +38,11 @@ class Replay:
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `WorldModel.velocity`."""
-        time, inputs = context.at.time, _tensors((latents, timestep, context))
-        few = latents.is_cuda and latents[:, 0].numel() <= _MOST_TOKENS and sum(x.nbytes for x in inputs) < _MOST_BYTES
-        if not few or (form := time.form()) is None:
+        few = latents.is_cuda and latents[:, 0].numel() <= _MOST_TOKENS
+        if not few or (form := context.at.time.form()) is None:
+            return self.model.velocity(latents, timestep, context)
+        inputs = _tensors((latents, timestep, context))
+        if sum(x.nbytes for x in inputs) >= _MOST_BYTES:
             return self.model.velocity(latents, timestep, context)
         weights = next(self.model.parameters()).data_ptr()
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
@@ -54,7 +56,7 @@ class Replay:
                     self._memory = torch.cuda.graph_pool_handle()
                 captured = _Captured(self.model, latents, timestep, context, self._memory)
             self._captured[key] = captured
-            return captured(latents, timestep, context)
+            return captured(inputs, context.at.time)
 
 
 class _Captured:
@@ -64,23 +66,24 @@ class _Captured:
     def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, memory: Any):
         self.model, self.memory = model, memory
         self.inputs = latents.clone(), timestep.clone(), _copy(context)
-        self.copied: list[Any] = [None] * len(_tensors(self.inputs))
+        self.buffers = _tensors(self.inputs)
+        self.copied: list[Any] = [None] * len(self.buffers)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, TimeAxis]] = {}
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
-        self._copy_in(_tensors((latents, timestep, context)))
-        keep = context.at.time.left is not None
+    def __call__(self, inputs: list[Tensor], time: TimeAxis) -> Tensor:
+        self._copy_in(inputs)
+        keep = time.left is not None
         if keep not in self.graphs:
             self.graphs[keep] = self._capture(keep)
-        graph, output, time = self.graphs[keep]
+        graph, output, captured = self.graphs[keep]
         graph.replay()
-        if time.left is not None:
-            context.at.time.left = _copy(time.left)
+        if captured.left is not None:
+            time.left = _copy(captured.left)
         return output.clone()
 
     def _copy_in(self, values: list[Tensor]) -> None:
-        for number, (buffer, value) in enumerate(zip(_tensors(self.inputs), values, strict=True)):
+        for number, (buffer, value) in enumerate(zip(self.buffers, values, strict=True)):
             # Latents and times come first, and may have changed in place; what a context holds does not.
             if number < 2 or self.copied[number] is None or self.copied[number]() is not value:
                 buffer.copy_(value)
