@@ -1,4 +1,4 @@
-"""Compare the network with diffusers' implementation of it, with the same random weights.
+"""Compare both stages' networks with diffusers' implementations of them, with the same weights.
 
 Before that it accounts for every tensor of the official file, at full size and without allocating any; with --weights
 also for every tensor of a weights folder. One process on CPUs; nothing is downloaded.
@@ -13,6 +13,7 @@ import json
 from longtake.model import presets, weights
 from longtake.model.parity import CASES, LIMIT, Case, account_for_official, relative_error
 from longtake.model.pipeline import check_folder
+from longtake.model.refiner.parity import REFINER_CASES, RefinerCase
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
@@ -40,13 +41,16 @@ def main(argv: list[str] | None = None) -> None:
             f"{len(above)} of {len(errors)} cases differ by more than {LIMIT:g} ({', '.join(above)}): compare the "
             "installed torch and diffusers with requirements.lock"
         )
-    if args.write and len(cases) == len(CASES):
+    if args.write and len(cases) == len(_ALL):
         print(f"figures: {measurements.write('parity', figures)}")
 
 
-def chosen(names: list[str] | None) -> list[Case]:
+_ALL: tuple[Case | RefinerCase, ...] = (*CASES, *REFINER_CASES)
+
+
+def chosen(names: list[str] | None) -> list[Case | RefinerCase]:
     """The cases of those names, or all. ValueError for an unknown name."""
-    known = {case.name: case for case in CASES}
+    known = {case.name: case for case in _ALL}
     for name in names or ():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -55,12 +59,12 @@ def chosen(names: list[str] | None) -> list[Case]:
     return [known[name] for name in names or known]
 
 
-def compare(cases: list[Case]) -> dict[str, float]:
+def compare(cases: list[Case | RefinerCase]) -> dict[str, float]:
     """The relative error of each case by its name, printed as a table."""
     errors: dict[str, float] = {}
     with Progress(len(cases), "cases", "parity") as progress:
         for case in cases:
-            errors[case.name] = relative_error(case)
+            errors[case.name] = case.relative_error() if isinstance(case, RefinerCase) else relative_error(case)
             progress.update(1, largest=max(errors.values()))
     for name, error in errors.items():
         print(f"{name:28} {error:.1e}")
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="sana-wm", help=f"of --weights, one of {', '.join(presets.names())} (default: %(default)s)")
     add("--weights", help="also compare the tensors of this folder or hf://owner/name with the preset")
-    add("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(case.name for case in CASES)} (default: all)")
+    add("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(case.name for case in _ALL)} (default: all)")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements (all cases alone are)")
     add("--dry-run", action="store_true", help="print the resolved arguments")
     return parser

@@ -68,7 +68,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class RefinerConfig:
-    """Second stage, an LTX-2 video transformer (section 3.4). sigmas: truncated schedule, the last one is 0."""
+    """Second stage, an LTX-2 video transformer (section 3.4).
+
+    sigmas: truncated schedule, the last one is 0. block_size: latent frames refined together, each block after the
+    ones before it; None is the whole clip at once. window: of frames that a block sees beside itself: the first of the
+    video, and the last refined ones.
+    """
 
     num_layers: int = 48
     num_heads: int = 32
@@ -76,7 +81,15 @@ class RefinerConfig:
     text_dim: int = 3840
     lora_rank: int = 384
     sigmas: tuple[float, ...] = (0.909375, 0.725, 0.421875, 0.0)
+    block_size: int | None = None
+    window: int = 11
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and (self.block_size < 1 or self.window < 2):
+            raise ValueError(
+                f"a refiner's block_size {self.block_size} must be at least 1, and its window {self.window} at least 2"
+            )
 
 
 @dataclass(frozen=True)

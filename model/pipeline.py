@@ -7,7 +7,7 @@ Each method is one step, so that a server or a batch job can run the steps on di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
-from longtake.model.refiner import Refiner
+from longtake.model.refiner import Refiner, RefinerStream
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
@@ -31,6 +31,7 @@ from longtake.model.text import build_text_encoder
 from longtake.model.vae import build_vae, decode_latents, encode_frames
 
 PARTS = ("text", "vae", "dit", "refiner")
+_OF_REFINER = 1 << 16  # where noise of stage 1 has the number of a step
 ImageInput = Image.Image | str | Path | np.ndarray
 
 
@@ -305,12 +306,28 @@ class WorldPipeline:
         """Features and mask of one negative prompt, where the preset uses guidance."""
         return self.encode_text([""], negative=True) if self.config.sampler.guidance_scale != 1 else None
 
-    @torch.no_grad()
     def refine(self, latents: Tensor, text: Tensor, text_mask: Tensor, seeds: Sequence[int]) -> Tensor:
         """Stage 2: refined latents of the same shape; the first latent frame is kept."""
-        refiner = self.part("refiner")
-        noise = clip_noise(latents.shape[1:], seeds, self.device)
-        return refiner.refine(latents, noise, text, text_mask)  # type: ignore[operator]
+        if self.config.refiner.block_size is not None:
+            return torch.cat(list(self.refine_chunks([latents], text, text_mask, seeds)), 2)
+        refiner: Any = self.part("refiner")
+        return refiner.refine(latents, self._refiner_noise(latents.shape, seeds), text, text_mask)
+
+    def refine_chunks(
+        self, chunks: Iterable[Tensor], text: Tensor, text_mask: Tensor, seeds: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """What `refine` makes of a video's latents, as they come, (B, C, t, h, w) each: first the first latent frame,
+        then the refiner's blocks. Memory does not grow with the video. ValueError for a refiner of whole clips.
+        """
+        if self.config.refiner.block_size is None:
+            raise ValueError(f"the refiner of {self.config.name!r} sees the whole clip: give it one, with `refine`")
+        refiner: Any = self.part("refiner")
+        stream = RefinerStream(refiner, text, text_mask)
+        return stream(chunks, lambda number, block: self._refiner_noise(block.shape, seeds, number))
+
+    def _refiner_noise(self, shape: Sequence[int], seeds: Sequence[int], block: int = 0) -> Tensor:
+        """Other noise than stage 1 draws from the same seeds."""
+        return chunk_noise(shape[1:], seeds, block, self.device, _OF_REFINER)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """All frames of one clip (1, C, T, h, w): uint8 (F, H, W, 3)."""

@@ -17,6 +17,7 @@ SANA_WM_STREAMING = dataclasses.replace(
     chunk_causal=True,
     chunk_window=1,
     sampler=SamplerConfig(4, 8.0, 1.0, timesteps=(1000, 960, 889, 727, 0), chunk_interval=1),
+    refiner=RefinerConfig(block_size=3),
     vae=dict(decoder_causal=True),
 )
 

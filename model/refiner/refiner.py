@@ -1,80 +1,162 @@
-"""The refiner's network: diffusers' LTX-2 transformer, video stream only, over a whole clip (SANA-WM section 3.4).
+"""The second stage: refines stage-1 latents in a few steps from a truncated sigma (SANA-WM section 3.4).
 
-The first latent frame is the sink: timestep 0, never changed; all other frames are denoised jointly.
+The first latent frame is the sink: it is never changed, and all others see it. The others are denoised jointly, or in
+blocks, each seeing the sink and the last refined frames before it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 from einops import rearrange
 from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
+from longtake.model.refiner.network import KeysValues, Reading, Rotation, VideoTransformer, rotated
 from longtake.model.samplers.flow_euler import euler
 
-# One head of 8 channels is the least that LTX-2's audio stream can be built with; it is deleted right after.
-_SMALLEST_AUDIO: dict[str, Any] = dict(
-    audio_num_attention_heads=1, audio_attention_head_dim=8, audio_cross_attention_dim=8
-)
+SINK = 1  # latent frames
 
 
 class Refiner(nn.Module):
-    """refiner(latents (B, C, T, h, w), timestep (B, T) in [0, 1000], text (B, L, D), text_mask (B, L)) -> velocity."""
+    """refiner(latents (B, C, T, h, w), timestep (B, T) in [0, 1000], text (B, L, D), text_mask (B, L)) -> velocity of
+    whole clips.
+    """
 
     def __init__(self, config: WorldModelConfig) -> None:
         super().__init__()
         spec = config.refiner
-        width = spec.num_heads * spec.head_dim
-        self.fps = config.fps
-        self.sigmas = spec.sigmas
-        self.transformer = SanaWMLTX2RefinerTransformer3DModel(
-            in_channels=config.latent_channels,
-            out_channels=config.latent_channels,
-            num_attention_heads=spec.num_heads,
-            attention_head_dim=spec.head_dim,
-            cross_attention_dim=width,
-            num_layers=spec.num_layers,
-            caption_channels=spec.text_dim,
-            vae_scale_factors=config.vae_stride,
-            rope_type="split",
-            **_SMALLEST_AUDIO,
+        self.fps, self.stride, self.sigmas = config.fps, config.vae_stride, spec.sigmas
+        self.block_size, self.window = spec.block_size, spec.window
+        self.transformer = VideoTransformer(
+            config.latent_channels, spec.num_heads, spec.head_dim, spec.num_layers, spec.text_dim
         )
-        _delete_audio(self.transformer)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        batch, _, frames, height, width = latents.shape
-        positions = self.transformer.build_rotary_emb_for_absolute_positions(
-            batch_size=batch,
-            frame_positions=list(range(frames)),
-            height=height,
-            width=width,
-            device=latents.device,
-            fps=self.fps,
-        )
-        velocity = self.transformer(
-            rearrange(latents, "b c t h w -> b (t h w) c"),
-            encoder_hidden_states=text,
-            timestep=timestep.repeat_interleave(height * width, dim=1),
-            video_rotary_emb=positions,
-            encoder_attention_mask=text_mask,
-            return_dict=False,
-        )[0]
+        return self.velocity(latents, timestep, self.reading(latents, self.transformer.read_text(text), text_mask))
+
+    def velocity(self, latents: Tensor, timestep: Tensor, reading: Reading) -> Tensor:
+        """As `forward`, of the frames and beside the text that `reading` was made for."""
+        _, _, frames, height, _ = latents.shape
+        velocity = self.transformer(rearrange(latents, "b c t h w -> b (t h w) c"), timestep, reading)
         return rearrange(velocity, "b (t h w) c -> b c t h w", t=frames, h=height)
+
+    def reading(self, latents: Tensor, text: Tensor | list[KeysValues], text_mask: Tensor, first: int = 0) -> Reading:
+        """What latents (B, C, T, h, w), whose first frame is number `first` of its video, read of text and places."""
+        mask = text_mask.bool()
+        frames = range(first, first + latents.shape[2])
+        return Reading(text, None if mask.all() else mask[:, None, None], self.places(frames, latents))
+
+    def places(self, frames: Sequence[int], latents: Tensor) -> Rotation:
+        """Of these frames of the video that `latents` is a part of."""
+        height, width = latents.shape[3:]
+        return self.transformer.rotation(frames, height, width, self.fps, self.stride, latents.device)
 
     @torch.no_grad()
     def refine(self, latents: Tensor, noise: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Refine stage-1 latents from x = (1 - sigma_0) latents + sigma_0 noise down the truncated schedule."""
+        """Refine stage-1 latents (B, C, T, h, w) from x = (1 - sigma_0) latents + sigma_0 noise down the schedule, as
+        the weights were made for: all frames jointly, or block by block.
+        """
+        if self.block_size is not None:
+            sizes = [SINK, *block_sizes(latents.shape[2] - SINK, self.block_size)]
+            parts = iter(noise.split(sizes, 2)[1:])
+            return torch.cat(list(RefinerStream(self, text, text_mask)([latents], lambda number, x: next(parts))), 2)
+        reading = self.reading(latents, self.transformer.read_text(text, of_sample=True), text_mask)
+        return self._denoised(latents, noise, reading, SINK)
+
+    def _denoised(self, latents: Tensor, noise: Tensor, reading: Reading, frozen: int) -> Tensor:
         start = (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
-        start[:, :, :1] = latents[:, :, :1]
-        return euler(lambda x, timestep: self(x, timestep, text, text_mask), start, self.sigmas, frozen_frames=1)
+        start[:, :, :frozen] = latents[:, :, :frozen]
+        return euler(lambda x, timestep: self.velocity(x, timestep, reading), start, self.sigmas, frozen)
 
 
-def _delete_audio(transformer: nn.Module) -> None:
-    """Remove every audio parameter: the video stream never reads them."""
-    for module in list(transformer.modules()):
-        for name in [*module._modules, *module._parameters]:
-            if "audio" in name or "a2v" in name or "v2a" in name or name.startswith("av_cross"):
-                delattr(module, name)
+def block_sizes(frames: int, size: int) -> list[int]:
+    """Of the blocks of so many frames after the sink: what remains is the last one's."""
+    return [min(size, frames - first) for first in range(0, frames, size)]
+
+
+@dataclass(frozen=True)
+class RefinerPast:
+    """What a refined video leaves for its next block; nothing changes one.
+
+    frames: latent frames so far. sink: of each block of the network, the sink's keys before their rotation, and its
+    values; history: keys and values of the last refined frames, `length` of them.
+    """
+
+    frames: int = 0
+    sink: tuple[KeysValues, ...] = ()
+    history: tuple[KeysValues, ...] = ()
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for pair in (*self.sink, *self.history) for x in pair)
+
+
+class RefinerStream:
+    """Refines videos (B clips of one length) as their latents come, in memory that does not grow with their length."""
+
+    def __init__(self, refiner: Refiner, text: Tensor, text_mask: Tensor, past: RefinerPast | None = None):
+        self.refiner, self.mask, self.past = refiner, text_mask, past or RefinerPast()
+        with torch.no_grad():
+            self.text = refiner.transformer.read_text(text, of_sample=True)
+
+    def __call__(self, parts: Iterable[Tensor], noise: Callable[[int, Tensor], Tensor]) -> Iterator[Tensor]:
+        """The sink, then the refined blocks, of a video that comes in parts (B, C, t, h, w) of any length.
+
+        noise(number, latents): unit noise like the latents of block `number`, the first after the sink being 0.
+        """
+        size, waiting, number = self.refiner.block_size or 1, None, 0
+        for part in parts:
+            waiting = part if waiting is None else torch.cat([waiting, part], 2)
+            if not self.past.frames:
+                sink, waiting = waiting[:, :, :SINK], waiting[:, :, SINK:]
+                self.begin(sink)
+                yield sink
+            while waiting.shape[2] >= size:
+                block, waiting = waiting[:, :, :size], waiting[:, :, size:]
+                yield self.refine(block, noise(number, block))
+                number += 1
+        if waiting is not None and waiting.shape[2]:
+            yield self.refine(waiting, noise(number, waiting))
+
+    @torch.no_grad()
+    def begin(self, sink: Tensor) -> None:
+        """Read the sink, (B, C, 1, h, w)."""
+        reading = self.refiner.reading(sink, self.text, self.mask)
+        reading.plain = []
+        self.refiner.velocity(sink, sink.new_zeros(len(sink), SINK), reading)
+        self.past = RefinerPast(SINK, tuple(reading.plain))
+
+    @torch.no_grad()
+    def refine(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """The refined next block of these latents (B, C, t, h, w), from which later ones go on."""
+        past, refiner, frames = self.past, self.refiner, latents.shape[2]
+        reading = refiner.reading(latents, self.text, self.mask, past.frames)
+        # The sink moves along, so that it is right before the history.
+        before = past.frames - past.length - SINK
+        there = refiner.places(range(before, before + SINK), latents)
+        area = latents.shape[3] * latents.shape[4]
+        sinks = [(rotated(k, there), v) for k, v in past.sink]
+        parts = zip(sinks, past.history, strict=True) if past.history else zip(sinks, strict=True)
+        reading.before = [_with_room(each, frames * area) for each in parts]
+        refined = refiner._denoised(latents, noise, reading, 0)
+        refiner.velocity(refined, refined.new_zeros(len(refined), frames), reading)  # leaves its keys and values
+        length = min(past.length + frames, refiner.window - SINK)
+        last = slice(-length * area, None)
+        history = tuple((k[:, last], v[:, last]) for k, v in reading.before)
+        self.past = RefinerPast(past.frames + frames, past.sink, history, length)
+        return refined
+
+
+def _with_room(parts: Sequence[KeysValues], tokens: int) -> KeysValues:
+    """Keys and values one after another, followed by room for so many tokens."""
+    length = sum(k.shape[1] for k, _ in parts)
+    found = []
+    for each in zip(*parts, strict=True):
+        whole = each[0].new_empty(len(each[0]), length + tokens, *each[0].shape[2:])
+        torch.cat(each, 1, out=whole[:, :length])
+        found.append(whole)
+    return found[0], found[1]

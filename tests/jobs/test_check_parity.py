@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from longtake.jobs import check_parity
 from longtake.model.parity import CASES
+from longtake.model.refiner.parity import REFINER_CASES
 
 pytestmark = pytest.mark.cpu
 
@@ -29,7 +30,7 @@ def test_it_prints_the_error_and_the_tensors_accounted_for(small_weights, capsys
 def test_a_larger_error_fails_and_names_the_case(monkeypatch):
     monkeypatch.setattr(check_parity, "relative_error", lambda case: float("nan") if case.name == CASE else 1e-6)
     monkeypatch.setattr(check_parity.measurements, "write", lambda *_: pytest.fail("written"))
-    with pytest.raises(ValueError, match=f"1 of {len(CASES)} cases .*{CASE}"):
+    with pytest.raises(ValueError, match=f"1 of {len(CASES) + len(REFINER_CASES)} cases .*{CASE}"):
         check_parity.main([])
 
 
@@ -58,4 +59,4 @@ def test_a_tensor_of_a_folder_that_does_not_fit_is_named(small_weights, tmp_path
 
 def test_a_dry_run_lists_the_cases(capsys):
     check_parity.main(["--dry-run"])
-    assert json.loads(capsys.readouterr().out)["cases"] == [case.name for case in CASES]
+    assert json.loads(capsys.readouterr().out)["cases"] == [case.name for case in (*CASES, *REFINER_CASES)]

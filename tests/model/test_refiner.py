@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
-from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2RefinerTransformer3DModel
 
-from longtake.model.refiner import Refiner
+from longtake.model.refiner import Refiner, RefinerStream
+from longtake.model.refiner.parity import REFINER_CASES, diffusers_transformer, of_same_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -12,15 +14,33 @@ def inputs(config):
     return torch.randn(2, config.latent_channels, 3, 2, 3), torch.randn(2, 12, 32), torch.ones(2, 12, dtype=torch.bool)
 
 
-def test_no_audio_parameter_is_kept(config):
-    names = [name for name, _ in Refiner(config).named_parameters()]
-    assert names and not [name for name in names if "audio" in name or "a2v" in name]
+def by_blocks(config, **fields):
+    """A refiner of blocks of 3 latent frames."""
+    torch.manual_seed(0)
+    return Refiner(
+        dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, **{"block_size": 3, **fields}))
+    )
 
 
-def test_parameter_names_are_those_of_the_public_transformer(config):
-    refiner = Refiner(config)
-    public = {name for name, _ in SanaWMLTX2RefinerTransformer3DModel(**refiner.transformer.config).named_parameters()}
-    assert {name for name, _ in refiner.transformer.named_parameters()} < public
+@pytest.mark.parametrize("case", REFINER_CASES, ids=lambda case: case.name)
+def test_a_refinement_by_blocks_equals_diffusers(case):
+    assert case.relative_error() < 1e-5
+
+
+def test_a_whole_clip_equals_diffusers(config, inputs):
+    torch.manual_seed(0)
+    latents, text, mask = inputs
+    mask[:, 7:] = False
+    theirs = diffusers_transformer(config)
+    ours = of_same_weights(config, theirs)
+    assert not [name for name in ours.transformer.state_dict() if "audio" in name]
+    timestep = torch.tensor([[0, 300.5, 300.5], [0, 900, 20]])
+    turned = theirs.build_rotary_emb_for_absolute_positions(2, [0, 1, 2], 2, 3, latents.device, config.fps)
+    expected = theirs(
+        latents.flatten(2).transpose(1, 2), text, timestep.repeat_interleave(6, 1), turned, mask, return_dict=False
+    )[0]
+    found = ours(latents, timestep, text, mask).flatten(2).transpose(1, 2)
+    assert (found - expected).norm() / expected.norm() < 1e-5
 
 
 def test_refining_keeps_the_first_frame_and_changes_the_others(config, inputs):
@@ -34,9 +54,38 @@ def test_refining_keeps_the_first_frame_and_changes_the_others(config, inputs):
 def test_refining_starts_from_the_truncated_sigma(config, inputs):
     latents, text, mask = inputs
     refiner, seen = Refiner(config), []
-    refiner.transformer.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
-    )
+    refiner.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     refiner.refine(latents, torch.randn_like(latents), text, mask)
     assert [t.max().item() for t in seen] == pytest.approx([500, 200])
-    assert all((t.reshape(2, 3, 6)[:, 0] == 0).all() for t in seen)
+    assert all((t[:, 0] == 0).all() for t in seen)
+
+
+def test_parts_of_any_length_are_refined_as_the_whole(config):
+    refiner = by_blocks(config, window=6)
+    latents, noise = torch.randn(2, 1, config.latent_channels, 12, 2, 3)
+    text, mask = torch.randn(1, 12, 32), torch.ones(1, 12, dtype=torch.bool)
+    whole = refiner.refine(latents, noise, text, mask)
+    blocks = iter(noise[:, :, 1:].split(3, 2))
+    parts = list(RefinerStream(refiner, text, mask)(latents.split([4, 1, 5, 2], 2), lambda number, x: next(blocks)))
+    assert [part.shape[2] for part in parts] == [1, 3, 3, 3, 2]
+    assert torch.equal(torch.cat(parts, 2), whole)
+
+
+def test_what_a_stream_keeps_does_not_grow_and_goes_on_as_it_was(config):
+    refiner = by_blocks(config, window=5)
+    text, mask = torch.randn(1, 12, 32), torch.ones(1, 12, dtype=torch.bool)
+    stream, sizes = RefinerStream(refiner, text, mask), []
+    latents = torch.randn(1, config.latent_channels, 16, 2, 3)
+    stream.begin(latents[:, :, :1])
+    for block in latents[:, :, 1:].split(3, 2):
+        before = stream.past
+        made = stream.refine(block, torch.randn(block.shape, generator=torch.Generator().manual_seed(1)))
+        sizes.append(stream.past.nbytes)
+    assert len(set(sizes[1:])) == 1
+    again = RefinerStream(refiner, text, mask, before)
+    assert torch.equal(again.refine(block, torch.randn(block.shape, generator=torch.Generator().manual_seed(1))), made)
+
+
+def test_a_window_of_nothing_is_refused(config):
+    with pytest.raises(ValueError, match="window 1 must be at least 2|at least 2"):
+        by_blocks(config, window=1)
