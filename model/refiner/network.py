@@ -32,15 +32,17 @@ _BASE_SECONDS, _BASE_PIXELS, _THETA = 20, 2048, 10_000.0
 class Reading:
     """What the tokens of a pass read beside themselves.
 
-    text: features (B, L, C), or of each block their keys and values; mask: bool (B, 1, 1, L), None where every token of
-    the text is real. rotation: of the pass' own tokens. before: of each block, keys and values of earlier tokens,
-    followed by room for the pass' own, which it fills; None where there are no others. plain: takes of each block the
-    keys before their rotation, and the values.
+    text: features (B, L, D_text); mask: bool (B, 1, 1, L), None where every token of the text is real. text_keys: where
+    the first pass leaves, for later ones, keys and values of the text by the number of a block; None to compute them
+    each time. rotation: of the pass' own tokens. before: of each block, keys and values of earlier tokens, followed by
+    room for the pass' own, which it fills; None where there are no others. plain: takes of each block the keys before
+    their rotation, and the values.
     """
 
-    text: Tensor | list[KeysValues]
+    text: Tensor
     mask: Tensor | None
     rotation: Rotation
+    text_keys: dict[int, KeysValues] | None = None
     before: list[KeysValues] | None = None
     plain: list[KeysValues] | None = None
 
@@ -76,11 +78,11 @@ class Block(nn.Module):
         self.ff = FeedForward(size, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(6, size) / size**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, reading: Reading, number: int) -> Tensor:
-        """x (B, N, C); time (B, T, 6, C); number: the block's."""
+    def forward(self, x: Tensor, time: Tensor, text: Tensor | None, reading: Reading, number: int) -> Tensor:
+        """x (B, N, C); time (B, T, 6, C); text (B, L, C), or None where its keys are known; number: the block's."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).unbind(2)
         x = _gated(x, gate_a, self._self_attention(_modulated(x, shift_a, scale_a), reading, number))
-        x = x + self._cross_attention(_normed(x), reading, number)
+        x = x + self._cross_attention(_normed(x), text, reading, number)
         return _gated(x, gate_m, self.ff(_modulated(x, shift_m, scale_m)))
 
     def _self_attention(self, x: Tensor, reading: Reading, number: int) -> Tensor:
@@ -94,9 +96,14 @@ class Block(nn.Module):
             k, v = reading.before[number]
         return self.attn1.output(attend(q, k, v, q.shape[-1] ** -0.5))
 
-    def _cross_attention(self, x: Tensor, reading: Reading, number: int) -> Tensor:
-        text = reading.text
-        k, v = text[number] if isinstance(text, list) else self.attn2.keys_and_values(text)
+    def _cross_attention(self, x: Tensor, text: Tensor | None, reading: Reading, number: int) -> Tensor:
+        if text is None:
+            assert reading.text_keys is not None
+            k, v = reading.text_keys[number]
+        else:
+            k, v = self.attn2.keys_and_values(text)
+            if reading.text_keys is not None:
+                reading.text_keys[number] = k, v
         q, k, v = (y.transpose(1, 2) for y in (self.attn2.queries(x), k, v))
         return self.attn2.output(F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask).transpose(1, 2))
 
@@ -115,20 +122,15 @@ class VideoTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(Block(size, heads) for _ in range(num_layers))
         self.proj_out = nn.Linear(size, channels)
 
-    def read_text(self, text: Tensor, of_sample: bool = False) -> Tensor | list[KeysValues]:
-        """What a `Reading` holds of text features (B, L, D_text); of_sample: for many passes."""
-        y = self.caption_projection(text.to(self.proj_in.weight.dtype))
-        blocks: Any = self.transformer_blocks
-        return [block.attn2.keys_and_values(y) for block in blocks] if of_sample else y
-
     def forward(self, tokens: Tensor, timestep: Tensor, reading: Reading) -> Tensor:
         """tokens (B, N, channels); timestep (B, T) in [0, 1000]."""
         x = self.proj_in(tokens.to(self.proj_in.weight.dtype))
         no_size: Any = {"resolution": None, "aspect_ratio": None}
         time, embedded = self.time_embed(timestep.flatten(), no_size, hidden_dtype=x.dtype)
         time = time.view(*timestep.shape, 6, -1)
+        text = None if reading.text_keys else self.caption_projection(reading.text.to(x.dtype))
         for number, block in enumerate(self.transformer_blocks):
-            x = block(x, time, reading, number)
+            x = block(x, time, text, reading, number)
         shift, scale = (self.scale_shift_table + embedded.view(*timestep.shape, 1, -1)).unbind(2)
         return self.proj_out(_modulated_by_layer_norm(x, shift, scale))
 

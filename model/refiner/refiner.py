@@ -35,7 +35,7 @@ class Refiner(nn.Module):
         )
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        return self.velocity(latents, timestep, self.reading(latents, self.transformer.read_text(text), text_mask))
+        return self.velocity(latents, timestep, self.reading(latents, text, text_mask))
 
     def velocity(self, latents: Tensor, timestep: Tensor, reading: Reading) -> Tensor:
         """As `forward`, of the frames and beside the text that `reading` was made for."""
@@ -43,7 +43,7 @@ class Refiner(nn.Module):
         velocity = self.transformer(rearrange(latents, "b c t h w -> b (t h w) c"), timestep, reading)
         return rearrange(velocity, "b (t h w) c -> b c t h w", t=frames, h=height)
 
-    def reading(self, latents: Tensor, text: Tensor | list[KeysValues], text_mask: Tensor, first: int = 0) -> Reading:
+    def reading(self, latents: Tensor, text: Tensor, text_mask: Tensor, first: int = 0) -> Reading:
         """What latents (B, C, T, h, w), whose first frame is number `first` of its video, read of text and places."""
         mask = text_mask.bool()
         frames = range(first, first + latents.shape[2])
@@ -63,7 +63,8 @@ class Refiner(nn.Module):
             sizes = [SINK, *block_sizes(latents.shape[2] - SINK, self.block_size)]
             parts = iter(noise.split(sizes, 2)[1:])
             return torch.cat(list(RefinerStream(self, text, text_mask)([latents], lambda number, x: next(parts))), 2)
-        reading = self.reading(latents, self.transformer.read_text(text, of_sample=True), text_mask)
+        reading = self.reading(latents, text, text_mask)
+        reading.text_keys = {}
         return self._denoised(latents, noise, reading, SINK)
 
     def _denoised(self, latents: Tensor, noise: Tensor, reading: Reading, frozen: int) -> Tensor:
@@ -99,9 +100,9 @@ class RefinerStream:
     """Refines videos (B clips of one length) as their latents come, in memory that does not grow with their length."""
 
     def __init__(self, refiner: Refiner, text: Tensor, text_mask: Tensor, past: RefinerPast | None = None):
-        self.refiner, self.mask, self.past = refiner, text_mask, past or RefinerPast()
-        with torch.no_grad():
-            self.text = refiner.transformer.read_text(text, of_sample=True)
+        self.refiner, self.past = refiner, past or RefinerPast()
+        self._text, self._mask = text, text_mask
+        self._text_keys: dict[int, KeysValues] = {}
 
     def __call__(self, parts: Iterable[Tensor], noise: Callable[[int, Tensor], Tensor]) -> Iterator[Tensor]:
         """The sink, then the refined blocks, of a video that comes in parts (B, C, t, h, w) of any length.
@@ -125,7 +126,7 @@ class RefinerStream:
     @torch.no_grad()
     def begin(self, sink: Tensor) -> None:
         """Read the sink, (B, C, 1, h, w)."""
-        reading = self.refiner.reading(sink, self.text, self.mask)
+        reading = self._reading(sink)
         reading.plain = []
         self.refiner.velocity(sink, sink.new_zeros(len(sink), SINK), reading)
         self.past = RefinerPast(SINK, tuple(reading.plain))
@@ -134,7 +135,7 @@ class RefinerStream:
     def refine(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The refined next block of these latents (B, C, t, h, w), from which later ones go on."""
         past, refiner, frames = self.past, self.refiner, latents.shape[2]
-        reading = refiner.reading(latents, self.text, self.mask, past.frames)
+        reading = self._reading(latents)
         # The sink moves along, so that it is right before the history.
         before = past.frames - past.length - SINK
         there = refiner.places(range(before, before + SINK), latents)
@@ -149,6 +150,12 @@ class RefinerStream:
         history = tuple((k[:, last], v[:, last]) for k, v in reading.before)
         self.past = RefinerPast(past.frames + frames, past.sink, history, length)
         return refined
+
+    def _reading(self, latents: Tensor) -> Reading:
+        """Of the frames that come next."""
+        reading = self.refiner.reading(latents, self._text, self._mask, self.past.frames)
+        reading.text_keys = self._text_keys
+        return reading
 
 
 def _with_room(parts: Sequence[KeysValues], tokens: int) -> KeysValues:
