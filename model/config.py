@@ -181,6 +181,11 @@ class WorldModelConfig:
         return self.camera_branches in ("both", "ucpe")
 
     @property
+    def refiner_reads_own_text(self) -> bool:
+        """Whether the second stage has a text encoder of its own, beside the first's."""
+        return self.refiner.text_dim != self.text_dim
+
+    @property
     def most_latent_frames(self) -> int | None:
         """Of a video; None where it may go on for ever, as chunks do that see no more than a window of others."""
         return None if self.chunk_causal and self.chunk_window is not None else self.max_latent_frames

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,13 +24,17 @@ from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.refiner import Refiner, RefinerStream
+from longtake.model.refiner.text import RefinerTextEncoder
+from longtake.model.residency import stream_blocks
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
-from longtake.model.vae import build_vae, decode_latents, encode_frames
+from longtake.model.vae import build_vae, decode_latents, decode_more, encode_frames
 
 PARTS = ("text", "vae", "dit", "refiner")
+Residency = Literal["all", "stages", "blocks"]
+_BY_BLOCKS = {"refiner", "refiner_text"}  # too large for small devices
 _OF_REFINER = 1 << 16  # where noise of stage 1 has the number of a step
 ImageInput = Image.Image | str | Path | np.ndarray
 
@@ -42,10 +46,24 @@ class WorldPipeline:
     clip's result depends on its own seed alone, not on its neighbours in the batch.
     """
 
-    def __init__(self, config: WorldModelConfig, modules: dict[str, nn.Module], device: str | torch.device = "cpu"):
-        self.config = config
+    def __init__(
+        self,
+        config: WorldModelConfig,
+        modules: dict[str, nn.Module],
+        device: str | torch.device = "cpu",
+        residency: Residency = "all",
+    ):
+        if residency not in (known := get_args(Residency)):
+            raise ValueError(f"residency {residency!r} must be one of {', '.join(known)}")
+        self.config, self.residency = config, residency
         self.device = torch.device(device)
-        self.modules = {name: module.eval().requires_grad_(False).to(self.device) for name, module in modules.items()}
+        self.modules = {name: module.eval().requires_grad_(False) for name, module in modules.items()}
+        if residency == "all":
+            for module in self.modules.values():
+                module.to(self.device)
+        elif residency == "blocks":
+            for name in _BY_BLOCKS & self.modules.keys():
+                stream_blocks(self.modules[name], self.device)
 
     @classmethod
     def from_config(
@@ -63,23 +81,28 @@ class WorldPipeline:
         weights_path: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        parts: Sequence[str] = PARTS,
+        parts: Sequence[str] | None = None,
+        residency: Residency = "all",
     ) -> WorldPipeline:
-        """Load `parts` of a preset from a folder or `hf://owner/name`; None is the folder shipped with the preset.
+        """Load `parts` of a preset (all by default) from a folder or `hf://owner/name`; None is the folder shipped with
+        the preset.
 
+        residency: what is on the device: all parts; or one at a time, the others in the host's memory; or the same with
+        the blocks of the refiner and its text encoder one after another, for devices that do not hold these whole.
         ValueError before any tensor is read when the folder is missing or holds another preset.
         """
         config = presets.get(preset)
         folder = weights.resolve(config, weights_path)
         config = weights.config_for(config, folder)
+        parts = parts_of(config) if parts is None else parts
         modules = {part: _build(part, config, folder) for part in parts}
         for part, module in modules.items():
-            if not (part == "text" and config.text.kind == "gemma"):
+            if part in weights.FOLDERS and not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
             nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
             if isinstance(module, WorldModel):
                 module.lay_out()
-        return cls(config, modules, device)
+        return cls(config, modules, device, residency)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write every loaded part and the configuration."""
@@ -88,10 +111,26 @@ class WorldPipeline:
         weights.save_config(self.config, Path(folder))
 
     def part(self, name: str) -> nn.Module:
-        """A loaded part. ValueError when it is not."""
+        """A loaded part, on the device. ValueError when it was not loaded."""
         if name not in self.modules:
             raise ValueError(f"this pipeline was loaded without {name!r}: add it to `parts`")
+        if self.residency != "all":
+            self._bring(name)
         return self.modules[name]
+
+    def _bring(self, name: str) -> None:
+        """Put a part on the device, and all others into the host's memory."""
+        stay = _BY_BLOCKS if self.residency == "blocks" else set()
+        for other, module in self.modules.items():
+            if other not in stay:
+                module.to(self.device if other == name else "cpu")
+        if name != "dit":
+            self.__dict__.pop("replay", None)  # what was captured reads weights where they were
+
+    def release(self, *names: str) -> None:
+        """Give up parts, and the memory that they take."""
+        for name in names:
+            self.modules.pop(name, None)
 
     def prepare_image(self, image: ImageInput) -> np.ndarray:
         """Resize and centre-crop to config.image_size: uint8 (H, W, 3). ValueError when it cannot be read as an
@@ -124,8 +163,15 @@ class WorldPipeline:
 
     @torch.no_grad()
     def encode_text(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
-        """Features (B, L, D) and mask (B, L)."""
+        """Features (B, L, D) and mask (B, L), of stage 1."""
         return self.part("text").encode(captions, negative)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def encode_refiner_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Features (B, L, D) and mask (B, L), of stage 2."""
+        if not self.config.refiner_reads_own_text:
+            return self.encode_text(captions)
+        return self.part("refiner_text").encode(captions)  # type: ignore[operator]
 
     @torch.no_grad()
     def rollout(
@@ -338,6 +384,25 @@ class WorldPipeline:
         for frames in decode_latents(self.part("vae"), latents):  # type: ignore[arg-type]
             yield frames[0].cpu().numpy()
 
+    @property
+    def decodes_chunks(self) -> bool:
+        """Whether frames can be decoded before later latents are known."""
+        return bool(self.config.vae.get("decoder_causal", True))
+
+    def decode_stream(self, parts: Iterable[Tensor]) -> Iterator[np.ndarray]:
+        """The frames of one clip whose latents come in parts (1, C, t, h, w), uint8 (f, H, W, 3) each. ValueError for a
+        decoder that sees later frames.
+        """
+        past = None
+        for part in parts:
+            frames, past = decode_more(self.part("vae"), part, past)  # type: ignore[arg-type]
+            yield frames[0].cpu().numpy()
+
+
+def parts_of(config: WorldModelConfig) -> tuple[str, ...]:
+    """All parts that a video of this model goes through."""
+    return (*PARTS, "refiner_text") if config.refiner_reads_own_text else PARTS
+
 
 def _finite(latents: Tensor, frames: int) -> Tensor:
     if not torch.isfinite(latents).all():
@@ -366,6 +431,8 @@ def _build(part: str, config: WorldModelConfig, folder: Path | None = None) -> n
     """One part with random weights (Gemma always comes with its own)."""
     if part == "text":
         return build_text_encoder(config, None if folder is None else str(folder))
+    if part == "refiner_text" and folder is not None:
+        return RefinerTextEncoder(folder / "refiner_text")
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
     return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)

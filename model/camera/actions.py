@@ -7,6 +7,7 @@ second; the published values a frame at 16 frames a second are given beside them
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -128,14 +129,34 @@ def random_actions(frames: int, seed: int, key_map: str = "official") -> str:
     return ",".join(pieces)
 
 
+def repeated_actions(text: str, frames: int) -> str:
+    """The key sequence, again from its beginning where it ends, of exactly `frames` frames. ValueError for durations as
+    in `parse_actions`.
+    """
+    segments = [_segment(segment) for segment in "".join(text.split()).split(",")]
+    pieces, left = [], frames
+    for letters, duration in itertools.cycle(segments):
+        if left <= 0:
+            return ",".join(pieces)
+        pieces.append(f"{letters}-{min(left, duration)}")
+        left -= duration
+    raise AssertionError("a text has a segment at least")
+
+
+def _segment(text: str) -> tuple[str, int]:
+    """Its keys, and how many frames they are held."""
+    letters, dash, duration = text.rpartition("-")
+    if not dash or not letters or not duration.isascii() or not duration.isdigit() or int(duration) < 1:
+        raise ValueError(f"action {text!r} must be KEYS-FRAMES with at least 1 frame, such as w-40 or none-8")
+    return letters, int(duration)
+
+
 def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
     """For each frame, the sum of the held keys' directions."""
     segments = "".join(text.split()).split(",")
     held = []
     for segment in segments:
-        letters, dash, duration = segment.rpartition("-")
-        if not dash or not letters or not duration.isascii() or not duration.isdigit() or int(duration) < 1:
-            raise ValueError(f"action {segment!r} must be KEYS-FRAMES with at least 1 frame, such as w-40 or none-8")
+        letters, duration = _segment(segment)
         letters = "" if letters.lower() == "none" else letters.lower()
         unknown = sorted(set(letters) - set(key_map.keys))
         if unknown:
@@ -144,7 +165,7 @@ def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
             )
         directions = [key_map.keys[letter] for letter in set(letters)]
         total = tuple(sum(axis) for axis in zip(*directions, strict=True)) if directions else (0, 0, 0, 0)
-        held += [total] * int(duration)
+        held += [total] * duration
     return held
 
 

@@ -83,7 +83,7 @@ class VAEObjective(Objective):
         """A decoder that sees later frames becomes one that does not, where the configuration says so."""
         weights.load_part(self.vae, folder, "vae")
         saved = weights.config_for(self.config, folder).vae
-        if self.config.vae.get("decoder_causal") and not saved.get("decoder_causal"):
+        if self.config.vae.get("decoder_causal", True) and not saved.get("decoder_causal", True):
             make_causal(self.vae)
 
 

@@ -44,7 +44,8 @@ class RefinerTextEncoder(nn.Module):
         out = self.model(
             tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, logits_to_keep=1
         )
-        features, _, mask = self.connectors(torch.stack(out.hidden_states, -1), tokens.attention_mask)
+        layers = torch.stack(out.hidden_states, -1)
+        features, _, mask = self.connectors(layers, tokens.attention_mask.to(layers.device))
         return features, mask.bool()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.container.core import Flags
 from av.video.reformatter import Colorspace
 
 from longtake.platform.store.files import whole
@@ -16,17 +17,30 @@ from longtake.platform.store.files import whole
 _BT709 = 1  # the number of ITU-R BT.709 in H.264's tables of primaries, transfers and matrices
 
 
-def write_video(path: Path, chunks: Iterable[np.ndarray], fps: float, crf: int = 18) -> int:
+def write_video(
+    path: Path,
+    chunks: Iterable[np.ndarray],
+    fps: float,
+    crf: int = 18,
+    playable: Callable[[Path], None] | None = None,
+) -> int:
     """Write chunks of frames, uint8 (f, H, W, 3), as MP4 (H.264, yuv420p, BT.709); returns the number of frames.
 
     Chunks are encoded as they come, so memory does not grow with the length. The file appears when it is whole.
-    ValueError for no frames and for odd heights or widths, which yuv420p cannot hold.
+    playable: is told of a file beside it that can be watched while it grows, a second at a time; the whole one is then
+    in fragments too. ValueError for no frames and for odd heights or widths, which yuv420p cannot hold.
     """
     frames = 0
-    with whole(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    flags = "+faststart" if playable is None else "frag_keyframe+empty_moov+default_base_moof"
+    with whole(path) as part, av.open(str(part), "w", format="mp4", options={"movflags": flags}) as container:
+        if playable is not None:
+            container.flags |= Flags.flush_packets.value
+            playable(part)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(crf), "preset": "medium"}
+        if playable is not None:
+            stream.options |= {"g": str(max(1, round(fps))), "tune": "zerolatency"}
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = _BT709
         for chunk in chunks:
