@@ -71,10 +71,11 @@ def main(argv: list[str] | None = None) -> None:
             figures["identification_ratio"] = figures[name] / max(reference[name], 1e-6)
     if args.long and starts:
         begins = [store.read(keys[0]) for keys in list(starts.values())[: args.long_videos]]
-        found = evaluation.drift(begins, long_ways(args, config), min(args.span, args.long / 2))
+        ways = long_ways(args, config)
+        found = evaluation.drift(begins, ways, min(args.span, args.long / 2))
         figures[f"seconds_for_{args.long:.0f}s_video"] = found.pop("seconds")
         for kind in ("sharpness_drift", "color_drift"):  # of the way where it is most
-            figures[kind] = max(value for name, value in found.items() if name.startswith(kind))
+            figures[kind] = max(found[f"{kind}_{way}"] for way in ways)
         figures |= found
     print(json.dumps(figures, indent=2))
     if args.write:

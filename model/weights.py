@@ -2,6 +2,7 @@
 
   config.json   preset name, sampler, options of the release
   vae/  transformer/  text_encoder/  refiner/   config.json and safetensors, one file or sharded
+  refiner_text/  of a refiner that reads text by itself: text_encoder/, tokenizer/, connectors/
 
 Loading is strict: a missing, extra or wrongly shaped tensor is a ValueError that names it.
 """

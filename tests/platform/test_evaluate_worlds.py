@@ -114,7 +114,12 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
         "seconds_for_3s_video",
         "sharpness_drift",
         "color_drift",
-        *(f"{kind}_drift_{way}" for kind in ("sharpness", "color") for way in ("walk", "still", "back")),
+        *(
+            f"{kind}_drift_{way}{of}"
+            for kind in ("sharpness", "color")
+            for way in ("walk", "still", "back")
+            for of in ("", "_each")
+        ),
         "return_psnr_db_still",
         "return_psnr_db_back",
         "identification_3way_against",
