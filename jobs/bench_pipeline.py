@@ -1,0 +1,196 @@
+"""Time whole videos, from an image to frames, with random weights: streamed, of whole clips, and on small cards.
+
+streaming: chunks of few steps through refiner and decoder, a minute beside the time it takes. bidirectional: all steps
+of a whole clip, of which --steps are timed and the others counted, then refiner and decoder. blocks: the refiner's
+blocks pass through the device one after another. Texts are random features: encoders run once a video, and are given up.
+Figures go to docs/measurements/pipeline_DEVICE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtake.model import presets
+from longtake.model.camera import Trajectory, parse_actions
+from longtake.model.config import WorldModelConfig
+from longtake.model.pipeline import Residency, WorldPipeline
+from longtake.model.video import make_video
+from longtake.platform.observe import measurements
+from longtake.platform.observe.job import run_job
+
+_MODES = ("streaming", "bidirectional", "blocks")
+_GPUS = 8  # of the published videos an hour
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
+    if args.seconds <= 0 or args.steps < 1:
+        raise ValueError("--seconds must be more than 0, and --steps at least 1")
+    if args.name:
+        measurements.check_name(args.name)
+    whole, few = presets.get(args.preset), presets.get(f"{args.preset}-streaming")
+    few = dataclasses.replace(few, refiner=dataclasses.replace(few.refiner, block_size=few.refiner.block_size or 3))
+    if args.dry_run:
+        print(json.dumps(vars(args) | {"streaming": dataclasses.asdict(few)}, indent=2))
+        return
+    figures: dict[str, float] = {}
+    for mode in args.modes:
+        bench = Bench(whole if mode == "bidirectional" else few, torch.device(args.device), args)
+        found = getattr(bench, mode)()
+        for name, figure in found.items():
+            print(f"{name:32} {figure:.4g}", flush=True)
+        figures |= found
+        del bench
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    if args.write:
+        print(f"figures: {measurements.write(args.name or f'pipeline_{args.device}', figures)}")
+
+
+class Bench:
+    """One model with random weights, a black image and a walk."""
+
+    def __init__(self, config: WorldModelConfig, device: torch.device, args: argparse.Namespace) -> None:
+        self.config, self.device, self.args = config, device, args
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.image = np.zeros((*config.image_size, 3), np.uint8)
+
+    def pipeline(self, *parts: str, residency: Residency = "all") -> WorldPipeline:
+        """With these parts, and texts of random features."""
+        torch.manual_seed(0)
+        with self.device if residency == "all" else torch.device("cpu"):
+            built = WorldPipeline.from_config(self.config, parts=parts, device=self.device).modules
+        modules = {name: nn.Module.to(module, self.dtype) for name, module in built.items()}
+        if "dit" in modules:
+            modules["dit"].lay_out()  # type: ignore[operator]
+        stage1, own = self.config.text, self.config.refiner
+        modules["text"] = _RandomText(stage1.length, self.config.text_dim, self.device, self.dtype)
+        if self.config.refiner_reads_own_text:
+            modules["refiner_text"] = _RandomText(1024, own.text_dim, self.device, self.dtype)
+        return WorldPipeline(self.config, modules, self.device, residency)
+
+    def path(self, seconds: float) -> Trajectory:
+        config = self.config
+        chunk = config.vae_stride[0] * config.chunk_size
+        frames = max(1, round(seconds * config.fps / chunk)) * chunk
+        return parse_actions(f"w-{frames}", fps=config.fps, image_size=config.image_size)
+
+    def streaming(self) -> dict[str, float]:
+        """A video of --seconds after a shorter one that fills the windows, and so compiles and chooses."""
+        modules = self.pipeline("vae", "dit", "refiner").modules
+
+        def run(seconds: float) -> tuple[float, float]:
+            """Seconds until the first frames, and until the last."""
+            pipeline = WorldPipeline(self.config, dict(modules), self.device)
+            pipeline.__dict__["replay"] = replay
+            begin, first = self._now(), None
+            for _ in make_video(pipeline, self.image, "", self.path(seconds)):
+                first = first or self._now() - begin
+            return first or 0.0, self._now() - begin
+
+        replay = WorldPipeline(self.config, dict(modules), self.device).replay
+        run(min(self.args.seconds, 9.0))
+        self._forget_peak()
+        first, seconds = run(self.args.seconds)
+        length = self.path(self.args.seconds).duration
+        return {"streaming_x_realtime": length / seconds, "first_frames_s": first, "peak_gb": self._peak()}
+
+    @torch.no_grad()
+    def bidirectional(self) -> dict[str, float]:
+        """The sum that a video takes, part by part, and what all parts together hold."""
+        pipeline = self.pipeline("vae", "dit", "refiner")
+        path, steps = self.path(self.args.seconds), self.config.sampler.num_steps
+        camera = path.features(self.config.image_size, self.config.vae_stride)
+        text, own = pipeline.encode_text([""]), pipeline.encode_refiner_text([""])
+        start = pipeline.encode_image(self.image)
+        negative = pipeline.encode_text([""], negative=True)
+        self._forget_peak()
+
+        def denoise(count: int) -> Tensor:
+            return pipeline.rollout(start, *text, camera, [0], count, negative=negative)
+
+        denoise(1)
+        latents, timed = self._timed(lambda: denoise(self.args.steps))
+        pipeline.refine(latents[:, :, :2], *own, [0])
+        refined, refine = self._timed(lambda: pipeline.refine(latents, *own, [0]))
+        _, decode = self._timed(lambda: sum(len(frames) for frames in pipeline.decode_chunks(refined)))
+        denoising = timed / self.args.steps * steps
+        return {
+            "bidirectional_step_s": timed / self.args.steps,
+            "bidirectional_denoise_s": denoising,
+            "bidirectional_refine_s": refine,
+            "bidirectional_decode_s": decode,
+            "bidirectional_peak_gb": self._peak(),
+            f"videos_per_hour_{_GPUS}": _GPUS * 3600 / (denoising + refine + decode),
+        }
+
+    def blocks(self) -> dict[str, float]:
+        """A refiner whose blocks pass through the device, over a video that fills its window once."""
+        pipeline = self.pipeline("refiner", residency="blocks")
+        frames = 1 + 2 * (self.config.refiner.block_size or 3)
+        latents = torch.randn(1, self.config.latent_channels, frames, *self.config.latent_size, device=self.device)
+        own = pipeline.encode_refiner_text([""])
+        pipeline.refine(latents[:, :, :4], *own, [0])
+        self._forget_peak()
+        _, seconds = self._timed(lambda: pipeline.refine(latents, *own, [0]))
+        return {"block_residency_block_s": seconds / 2, "block_residency_peak_gb": self._peak()}
+
+    def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        begin = self._now()
+        made = work()
+        return made, self._now() - begin
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _forget_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> float:
+        return measurements.peak_memory() / 1e9
+
+
+class _RandomText(nn.Module):
+    def __init__(self, length: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.given: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.shape = 1, length, dim
+
+    def encode(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
+        return torch.randn(self.shape, **self.given), torch.ones(self.shape[:2], device=self.given["device"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench-pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--preset", default="sana-wm", choices=("tiny", "sana-wm"), help="and its streaming form (default: %(default)s)"
+    )
+    add("--modes", nargs="+", default=list(_MODES), choices=_MODES, help="default: all")
+    add("--seconds", type=float, default=60.0, help="of the videos (default: %(default)s)")
+    add("--steps", type=int, default=2, help="of the bidirectional sampler that are timed (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    add("--name", help="of the file in docs/measurements (default: pipeline_DEVICE)")
+    add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")
+    add("--dry-run", action="store_true", help="print the resolved arguments")
+    return parser
+
+
+if __name__ == "__main__":
+    run_job(main)
