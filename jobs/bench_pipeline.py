@@ -2,7 +2,7 @@
 
 streaming: chunks of few steps through refiner and decoder, a minute beside the time it takes. bidirectional: all steps
 of a whole clip, of which --steps are timed and the others counted, then refiner and decoder. blocks: the refiner's
-blocks pass through the device one after another. Texts are random features: encoders run once a video, and are given up.
+blocks pass through the device one after another. Texts are random features: encoders run once a video, then go.
 Figures go to docs/measurements/pipeline_DEVICE.
 """
 

@@ -233,7 +233,7 @@ _TINY_ODE = Stage(
     warmup=20,
     weight_decay=0.01,
     ema=0.99,
-    options=dict(caption_dropout=0.0),
+    options=dict(caption_dropout=0.0, clean_history=0.5),
     model=_few_steps(presets.TINY_STREAMING.sampler),
     init_from=("stage4_causal", "stage3_minute"),
     cache="device",

@@ -140,17 +140,30 @@ def test_the_first_lesson_is_the_error_of_the_trajectory_s_end(streaming: WorldM
     torch.nn.init.zeros_(objective.world_model.final_layer.linear.weight)
     torch.nn.init.zeros_(objective.world_model.final_layer.linear.bias)
     loss, _ = objective(batch, Draws(0, range(2)))
-    chosen = (Draws(0, range(2)).uniform(len(SIZES)) * 4).long()
-    errors = []
+    chosen = (Draws(0, range(2)).uniform(len(SIZES)) * 5).long()
+    of_clips = []
     for clip in range(2):
-        first = 0
+        first, errors = 0, []
         for chunk, size in enumerate(SIZES):
             frames = slice(max(1, first), first + size)
-            given = batch["noisy"][clip, chosen[clip, chunk], :, frames]
-            errors.append((given - batch["latents"][clip, :, frames]).square().mean((0, 2, 3)))
+            if chosen[clip, chunk] < 4:  # at the end there is nothing to learn
+                given = batch["noisy"][clip, chosen[clip, chunk], :, frames]
+                errors.append((given - batch["latents"][clip, :, frames]).square().mean((0, 2, 3)))
             first += size
-    torch.testing.assert_close(loss, torch.cat(errors).mean())
+        of_clips.append(torch.cat(errors).mean())
+    torch.testing.assert_close(loss, torch.stack(of_clips).mean())
     assert len(chosen.unique()) > 1
+
+
+def test_chunks_before_the_one_that_is_learnt_are_clean_as_the_sampler_s(streaming: WorldModelConfig):
+    objective, clips, chunks = ODEObjective(streaming, clean_history=1.0), 400, 5
+    chosen = objective._chosen(chunks, 4, Draws(0, range(clips)))
+    clean = (chosen == 4).float().mean(0)
+    # Chunk n is clean in the clips that begin after it, and else as one of five.
+    expected = [(chunks - 1 - n) / chunks + (n + 1) / chunks / 5 for n in range(chunks)]
+    torch.testing.assert_close(clean, torch.tensor(expected), atol=0.08, rtol=0)
+    (alone,) = ODEObjective(streaming)._chosen(chunks, 4, Draws(0, range(clips))).float().mean(0).mean()[None]
+    assert abs(alone - 2) < 0.1
 
 
 def test_the_first_lesson_sees_what_the_sampler_will(streaming: WorldModelConfig):
@@ -166,7 +179,7 @@ def test_the_first_lesson_sees_what_the_sampler_will(streaming: WorldModelConfig
     objective(batch, Draws(3, range(2)))
     ((timestep, axis),) = asked
     assert isinstance(axis, ChunkCausal) and axis.sizes == SIZES and axis.window == 1
-    assert (timestep[:, 0] == 0).all() and set(timestep[:, 1:].flatten().tolist()) <= set(FEW.timesteps[:-1])
+    assert (timestep[:, 0] == 0).all() and set(timestep[:, 1:].flatten().tolist()) <= set(FEW.timesteps)
 
 
 def scoring(network: Scorer, clean: Tensor, without: Tensor | None = None) -> None:
