@@ -23,7 +23,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
-from longtake.model.refiner import Refiner, RefinerStream
+from longtake.model.refiner import Refiner, RefinerStream, adapters
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
@@ -65,7 +65,8 @@ class WorldPipeline:
         dtype: torch.dtype = torch.float32,
         parts: Sequence[str] = PARTS,
     ) -> WorldPipeline:
-        """Load `parts` of a preset from a folder or `hf://owner/name`; None is the folder shipped with the preset.
+        """Load `parts` of a preset from a folder or `hf://owner/name`; None is the folder shipped with the preset. The
+        refiner's adapters are merged into it where they lie beside it.
 
         ValueError before any tensor is read when the folder is missing or holds another preset.
         """
@@ -76,6 +77,8 @@ class WorldPipeline:
         for part, module in modules.items():
             if not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
+            if part == "refiner":
+                adapters.merge_beside(module.get_submodule("transformer").state_dict(), folder)
             nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
             if isinstance(module, WorldModel):
                 module.lay_out()
@@ -359,6 +362,8 @@ def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | 
     with torch.device("meta"):
         modules = WorldPipeline.from_config(config, device="meta", parts=found).modules
     loaded = {part: weights.load_part(module, folder, part) for part, module in modules.items()}
+    if "refiner" in loaded:
+        adapters.merge_beside(loaded["refiner"].get_submodule("transformer").state_dict(), folder)
     return {weights.FOLDERS[part]: len(module.state_dict()) for part, module in loaded.items()}
 
 

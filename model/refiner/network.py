@@ -20,6 +20,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend
+from longtake.model.dit.checkpointing import checkpointed
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, H, D / 2) float32
 KeysValues = tuple[Tensor, Tensor]  # (B, N, H, D) each
@@ -102,7 +103,12 @@ class Block(nn.Module):
 
 
 class VideoTransformer(nn.Module):
-    """Tokens (B, N, channels) and their frames' timesteps in, velocities out; random weights."""
+    """Tokens (B, N, channels) and their frames' timesteps in, velocities out; random weights.
+
+    checkpoint_blocks: in training, keep nothing of a block but its input, as a world model does.
+    """
+
+    checkpoint_blocks = False
 
     def __init__(self, channels: int, heads: int, head_dim: int, num_layers: int, text_dim: int):
         super().__init__()
@@ -128,7 +134,8 @@ class VideoTransformer(nn.Module):
         time, embedded = self.time_embed(timestep.flatten(), no_size, hidden_dtype=x.dtype)
         time = time.view(*timestep.shape, 6, -1)
         for number, block in enumerate(self.transformer_blocks):
-            x = block(x, time, reading, number)
+            given = x, time, reading, number
+            x = checkpointed(block, *given) if self.checkpoint_blocks and torch.is_grad_enabled() else block(*given)
         shift, scale = (self.scale_shift_table + embedded.view(*timestep.shape, 1, -1)).unbind(2)
         return self.proj_out(_modulated_by_layer_norm(x, shift, scale))
 
