@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
+from longtake.model.dit.chunk_causal import each_frame
 from longtake.model.objectives.draws import Draws
 from longtake.model.objectives.flow import FlowObjective
 from longtake.model.objectives.objective import Batch, Loss, Objective
 from longtake.model.refiner import Refiner, adapters
+from longtake.model.refiner.refiner import SINK, block_sizes
 from longtake.model.text import build_text_encoder
 
 
@@ -23,7 +25,8 @@ class RefinerObjective(Objective):
 
     x_1 = (1 - s) x_l + s noise; x_a = (1 - a) x_h + a x_1; the velocity is (x_1 - x_h) / s at timestep 1000 a s; s is
     the schedule's first sigma. x_l is what the frozen stage 1 makes of x_h noised to a random sigma, or, with `pairs`,
-    one of those that were made before, and there is no stage 1. With a lora_rank, adapters of that rank are trained and
+    one of those that were made before, and there is no stage 1. A refiner of blocks sees the clean frames of the window
+    before each block, whose `a` is its own. With a lora_rank, adapters of that rank are trained and
     their base is frozen, in `base_dtype`.
 
     Batches as for `FlowObjective`; of pairs, noisy (B, K, C, T, h, w), K versions x_l of each clip. Where the refiner's
@@ -53,13 +56,26 @@ class RefinerObjective(Objective):
         coarse = self.coarse(batch, draws)
         noise = draws.normal(*target.shape[1:])
         start = (1 - first) * coarse + first * noise
-        along = draws.uniform()
-        frame_along = along[:, None].repeat(1, target.shape[2])
-        frame_along[:, 0] = 0
-        level = frame_along[:, None, :, None, None]
-        velocity = self.refiner((1 - level) * target + level * start, 1000 * first * frame_along, text, mask).float()
+        along = self._along(target.shape[2], draws)
+        level, timestep = along[:, None, :, None, None], 1000 * first * along
+        noisy = (1 - level) * target + level * start
+        if self.config.refiner.block_size is None:
+            velocity = self.refiner(noisy, timestep, text, mask).float()
+        else:
+            velocity = self.refiner.by_blocks(target, noisy, timestep, text, mask).float()
         error = (velocity - (start - target) / first)[:, :, 1:].square().mean()
         return error, {"coarse_mse": (coarse - target).square().mean()}
+
+    def _along(self, frames: int, draws: Draws) -> Tensor:
+        """How far each frame (B, T) is from clean to where refining starts: 0 of the first one, the same of a block."""
+        size = self.config.refiner.block_size
+        if size is None:
+            along = draws.uniform()[:, None].repeat(1, frames)
+            along[:, :SINK] = 0
+            return along
+        sizes = block_sizes(frames - SINK, size)
+        along = each_frame(draws.uniform(len(sizes)), sizes)
+        return torch.cat([torch.zeros_like(along[:, :SINK]), along], 1)
 
     def encode_text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the refiner reads of captions: features and mask. ValueError when the batch lacks its own features."""

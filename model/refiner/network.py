@@ -36,7 +36,8 @@ class Reading:
     text: features (B, L, C), or of each block their keys and values; mask: bool (B, 1, 1, L), None where every token of
     the text is real. rotation: of the pass' own tokens. before: of each block, keys and values of earlier tokens,
     followed by room for the pass' own, which it fills; None where there are no others. plain: takes of each block the
-    keys before their rotation, and the values.
+    keys before their rotation, and the values. attention: what takes the place of each token's to all; of queries, keys
+    and values before their rotation, and of that.
     """
 
     text: Tensor | list[KeysValues]
@@ -44,6 +45,7 @@ class Reading:
     rotation: Rotation
     before: list[KeysValues] | None = None
     plain: list[KeysValues] | None = None
+    attention: Callable[[Tensor, Tensor, Tensor, Rotation], Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -88,6 +90,8 @@ class Block(nn.Module):
         q, (k, v) = self.attn1.queries(x), self.attn1.keys_and_values(x)
         if reading.plain is not None:
             reading.plain.append((k, v))
+        if reading.attention is not None:
+            return self.attn1.output(reading.attention(q, k, v, reading.rotation))
         q, k = rotated(q, reading.rotation), rotated(k, reading.rotation)
         if reading.before is not None:
             for room, own in zip(reading.before[number], (k, v), strict=True):

@@ -32,9 +32,11 @@ def batch(config):
     }
 
 
-@pytest.mark.parametrize("kind", ["flow", "refiner", "chunks"])
+@pytest.mark.parametrize("kind", ["flow", "refiner", "refiner by blocks", "chunks"])
 def test_the_loss_is_finite_and_repeats_with_the_seed(kind, config, batch):
     torch.manual_seed(0)
+    if kind == "refiner by blocks":
+        kind, config = "refiner", dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, block_size=1))
     config = dataclasses.replace(config, chunk_causal=kind == "chunks", chunk_size=1)
     objective = build_objective("flow" if kind == "chunks" else kind, config)
     loss, metrics = objective(batch, draws())
