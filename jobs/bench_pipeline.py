@@ -1,4 +1,4 @@
-"""Time whole videos, from an image to frames, with random weights: streamed, of whole clips, and on small cards.
+"""Time whole videos from image to frames, with random weights: streamed, whole, and on small cards.
 
 streaming: chunks of few steps through refiner and decoder, a minute beside the time it takes. bidirectional: all steps
 of a whole clip, of which --steps are timed and the others counted, then refiner and decoder. blocks: the refiner's

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number, (layout, stage) in enumerate(zip(layouts, chosen, strict=True)):
             store = LatentStore(f"{folder}/latents{number}")
-            write_random(store, config, stage.frames, max(2, stage.batch_size))
+            versions = 2 if stage.options.get("pairs") else 0
+            write_random(store, config, stage.frames, max(2, stage.batch_size), versions)
             settings = Settings(stage, config, ((store.uri, 1.0),), f"{folder}/{number}", {}, layout.workers)
             run.launch(settings, losses=0, keep=False)
             sent, errors = _traffic(settings, layout)
@@ -93,10 +94,10 @@ def _layout(text: str) -> Layout:
 def _stage(args: argparse.Namespace, config: WorldModelConfig, layout: Layout) -> Stage:
     """The table's stage at this size. ValueError for one that random latents are not enough for."""
     stage = stages.override(stages.get(args.stage, args.preset), args.set)
-    if stage.objective not in ("flow", "distill"):
+    if stage.objective not in ("flow", "distill", "refiner"):
         raise ValueError(
             f"--stage {args.stage} needs more than random latents: choose stage1_gdn, stage2_hybrid, stage3_minute, "
-            "stage4_causal or stage4_distill"
+            "stage4_causal, stage4_distill or stage5_refiner"
         )
     frames = 1 + config.vae_stride[0] * (layout.frames - 1)
     sizes = dict(frames=frames, window=min(stage.window, frames), batch_size=layout.workers // layout.sharing)
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench-train", description=__doc__)
     add = parser.add_argument
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
-    add("--stage", default="stage3_minute", help="that trains a world model on latents (default: %(default)s)")
+    add("--stage", default="stage3_minute", help="that trains on latents (default: %(default)s)")
     add(
         "--layouts",
         nargs="+",

@@ -1,7 +1,7 @@
 """Gather runs and weights folders into one weights folder, in 32, 16 or 8 bits.
 
-Of each part, the last --init that has it wins. In int8 each row of a matrix has a scale, and what loads it computes in
-float32.
+Of each part, the last --init that has it wins. Adapters of a refiner are merged into it. In int8 each row of a matrix
+has a scale, and what loads it computes in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from longtake.model import presets, weights
 from longtake.model.checkpoint import load_safetensors, save_safetensors
 from longtake.model.pipeline import check_folder
+from longtake.model.refiner import adapters
 from longtake.platform.observe.job import run_job
 from longtake.platform.store.files import refuse_url
 from longtake.platform.train.run import find_parts
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         target = args.out / weights.FOLDERS[part]
         target.mkdir(parents=True, exist_ok=True)
         tensors = load_safetensors(place / weights.FOLDERS[part])
+        if part == "refiner":
+            adapters.merge_beside(tensors, place)
         save_safetensors(tensors, target / "model.safetensors", _DTYPES[args.dtype])
     weights.save_config(config, args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))

@@ -73,7 +73,9 @@ def load_safetensors(folder: Path, headers_only: bool = False) -> dict[str, Tens
     return tensors
 
 
-def save_safetensors(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None) -> None:
+def save_safetensors(
+    tensors: dict[str, Tensor], file: Path, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None
+) -> None:
     """Write one file, floating-point tensors as `dtype`; it appears whole or not at all. As torch.int8, tensors of two
     dimensions or more are rounded to 127 steps of their rows' largest number, and others are float16.
     """
@@ -87,7 +89,7 @@ def save_safetensors(tensors: dict[str, Tensor], file: Path, dtype: torch.dtype 
         else:
             kept[name] = tensor.to(torch.float16 if dtype == torch.int8 else dtype).contiguous().clone()
     partial = file.with_name(f".{file.name}.partial")
-    save_file(kept, partial)
+    save_file(kept, partial, metadata)
     partial.replace(file)
 
 

@@ -72,7 +72,7 @@ class RefinerConfig:
 
     sigmas: truncated schedule, the last one is 0. block_size: latent frames refined together, each block after the
     ones before it; None is the whole clip at once. window: of frames that a block sees beside itself: the first of the
-    video, and the last refined ones.
+    video, and the last refined ones. lora_rank: of the adapters that training puts on a base; 0 trains everything.
     """
 
     num_layers: int = 48
@@ -90,6 +90,8 @@ class RefinerConfig:
             raise ValueError(
                 f"a refiner's block_size {self.block_size} must be at least 1, and its window {self.window} at least 2"
             )
+        if self.lora_rank < 0:
+            raise ValueError(f"a refiner's lora_rank {self.lora_rank} must be at least 0")
 
 
 @dataclass(frozen=True)

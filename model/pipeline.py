@@ -23,7 +23,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
-from longtake.model.refiner import Refiner, RefinerStream
+from longtake.model.refiner import Refiner, RefinerStream, adapters
 from longtake.model.refiner.text import RefinerTextEncoder
 from longtake.model.residency import stream_blocks
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
@@ -85,7 +85,7 @@ class WorldPipeline:
         residency: Residency = "all",
     ) -> WorldPipeline:
         """Load `parts` of a preset (all by default) from a folder or `hf://owner/name`; None is the folder shipped with
-        the preset.
+        the preset. The refiner's adapters are merged into it where they lie beside it.
 
         residency: what is on the device: all parts; or one at a time, the others in the host's memory; or the same with
         the blocks of the refiner and its text encoder one after another, for devices that do not hold these whole.
@@ -99,6 +99,8 @@ class WorldPipeline:
         for part, module in modules.items():
             if part in weights.FOLDERS and not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
+            if part == "refiner":
+                adapters.merge_beside(module.get_submodule("transformer").state_dict(), folder)
             nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
             if isinstance(module, WorldModel):
                 module.lay_out()
@@ -424,6 +426,8 @@ def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | 
     with torch.device("meta"):
         modules = WorldPipeline.from_config(config, device="meta", parts=found).modules
     loaded = {part: weights.load_part(module, folder, part) for part, module in modules.items()}
+    if "refiner" in loaded:
+        adapters.merge_beside(loaded["refiner"].get_submodule("transformer").state_dict(), folder)
     return {weights.FOLDERS[part]: len(module.state_dict()) for part, module in loaded.items()}
 
 

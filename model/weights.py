@@ -2,6 +2,7 @@
 
   config.json   preset name, sampler, options of the release
   vae/  transformer/  text_encoder/  refiner/   config.json and safetensors, one file or sharded
+  refiner_lora/  adapters of the refiner (refiner/adapters.py), where it was trained so: refiner/ is then their base
   refiner_text/  of a refiner that reads text by itself: text_encoder/, tokenizer/, connectors/
 
 Loading is strict: a missing, extra or wrongly shaped tensor is a ValueError that names it.
@@ -23,6 +24,7 @@ from longtake.model.checkpoint import load_safetensors, local_folder, save_safet
 from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, WorldModelConfig
 
 FOLDERS = {"text": "text_encoder", "vae": "vae", "dit": "transformer", "refiner": "refiner"}
+ADAPTERS = "refiner_lora"
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 
 
@@ -68,7 +70,9 @@ def digest(folder: Path) -> str:
     """Sixteen hexadecimal digits that name what the folder's safetensors hold."""
     found = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        found.update(file.read_bytes())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                found.update(block)
     return found.hexdigest()[:16]
 
 
@@ -94,23 +98,27 @@ def load_part(module: nn.Module, folder: Path, part: str) -> nn.Module:
     if not source.is_dir():
         raise ValueError(f"{folder} has no {FOLDERS[part]}/: it holds no weights of that part")
     inner = _inner(module)
+    own = own_tensors(inner)
     tensors = load_safetensors(source, headers_only=any(tensor.is_meta for tensor in inner.parameters()))
     if part == "refiner":
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if name in inner.state_dict() or not _is_audio(name)
-        }
+        tensors = {name: tensor for name, tensor in tensors.items() if name in own or not _is_audio(name)}
     if part == "dit":
         try:
             tensors = convert.to_ours(tensors, module.config)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-    load_strict(inner, tensors, where=str(source))
+    load_strict(own, tensors, where=str(source))
     return module
 
 
-def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy `tensors` into `module`; ValueError naming the first missing, extra or wrongly shaped tensor."""
-    expected = module.state_dict()
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors under their own names, whether adapters are attached to it or not; without those."""
+    state = module.state_dict()
+    return {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".lora_" not in name}
+
+
+def load_strict(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+    """Copy `tensors` into those `expected`; ValueError naming the first missing, extra or wrongly shaped tensor."""
     for name in expected:
         if name not in tensors:
             raise ValueError(f"{where}: tensor {name} is missing")
@@ -122,7 +130,8 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], where: str) -> No
     for name in tensors:
         if name not in expected:
             raise ValueError(f"{where}: tensor {name} does not belong to this model")
-    module.load_state_dict(tensors)
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
 
 
 def _inner(module: nn.Module) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -145,6 +147,21 @@ class FlowObjective(Objective):
 
         return euler(velocity, start, sigmas, frozen_frames=1)
 
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, draws: Draws, sigma: Tensor, num_steps: int) -> Tensor:
+        """The batch's clips, noised to `sigma` (B,) but for the first frame, and denoised in a few steps."""
+        target, level = batch["latents"].float(), sigma[:, None, None, None, None]
+        start = (1 - level) * target + level * draws.normal(*target.shape[1:])
+        start[:, :, :1] = target[:, :, :1]
+        sigmas = torch.linspace(1, 0, num_steps + 1)
+        if not self.config.chunk_causal:
+            return self.denoise(batch, start, sigmas, sigma)
+        stream = ChunkStream(self.world_model, *self.encode_text(batch), self.camera(batch))
+        sizes = chunk_sizes(target.shape[2], self.config.chunk_size)
+        noisy, interval = start.split(sizes, 2), self.config.sampler.chunk_interval
+        given = sizes, sigmas.tolist(), interval, target[:, :, :1]
+        return torch.cat(list(chunk_flow_euler(_Shares(stream, sigma), lambda chunk, _: noisy[chunk], *given)), 2)
+
     def export(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         weights.save_part(self.world_model, folder, "dit", dtype)
         if self.text is not None:
@@ -162,6 +179,20 @@ class FlowObjective(Objective):
             weights.load_part(self.world_model, folder, "dit")
         if self.text is not None:
             weights.load_part(self.text, folder, "text")
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """A network of chunks by sigmas of which a clip's are a `share` (B,)."""
+
+    network: ChunkStream
+    share: Tensor
+
+    def velocity(self, x: Tensor, timestep: Tensor, sizes: Sequence[int]) -> Tensor:
+        return self.share[:, None, None, None, None] * self.network.velocity(x, self.share[:, None] * timestep, sizes)
+
+    def keep(self, x: Tensor, sizes: Sequence[int]) -> None:
+        self.network.keep(x, sizes)
 
 
 OBJECTIVE = FlowObjective

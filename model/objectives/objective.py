@@ -23,12 +23,14 @@ class Objective(nn.Module, ABC):
     """A loss over the parameters that it trains.
 
     samples_pixels: whether `sample` gives frames, or latents. time_axis: which frames of a clip this process computes.
-    rates: the learning rates of learners over the stage's, where they differ.
+    rates: the learning rates of learners over the stage's, where they differ. frozen_from: what its frozen weights are,
+    where checkpoints leave them out, so that a run that goes on must begin with the same; None where they hold them.
     """
 
     samples_pixels: ClassVar[bool] = False
     time_axis: TimeAxis = WHOLE_CLIP
     rates: Mapping[str, float] = {}
+    frozen_from: str | None = None
 
     def learners(self) -> Mapping[str, nn.Module]:
         """What has an optimizer of its own, by name: modules that turn a batch into a loss as this one does."""
@@ -58,6 +60,11 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Start from the parts in a weights folder."""
+
+    def start(self, parts: Mapping[str, Path]) -> None:
+        """Start from the weights folders that a run was given, by their parts."""
+        if "dit" in parts:
+            self.load(parts["dit"])
 
 
 def build_objective(

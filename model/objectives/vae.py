@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -85,6 +86,10 @@ class VAEObjective(Objective):
         saved = weights.config_for(self.config, folder).vae
         if self.config.vae.get("decoder_causal", True) and not saved.get("decoder_causal", True):
             make_causal(self.vae)
+
+    def start(self, parts: Mapping[str, Path]) -> None:
+        if "vae" in parts:
+            self.load(parts["vae"])
 
 
 OBJECTIVE = VAEObjective

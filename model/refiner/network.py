@@ -20,6 +20,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend
+from longtake.model.dit.checkpointing import checkpointed
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, H, D / 2) float32
 KeysValues = tuple[Tensor, Tensor]  # (B, N, H, D) each
@@ -36,7 +37,8 @@ class Reading:
     the first pass leaves, for later ones, keys and values of the text by the number of a block; None to compute them
     each time. rotation: of the pass' own tokens. before: of each block, keys and values of earlier tokens, followed by
     room for the pass' own, which it fills; None where there are no others. plain: takes of each block the keys before
-    their rotation, and the values.
+    their rotation, and the values. attention: what takes the place of each token's to all; of queries, keys and values
+    before their rotation, and of that.
     """
 
     text: Tensor
@@ -45,6 +47,7 @@ class Reading:
     text_keys: dict[int, KeysValues] | None = None
     before: list[KeysValues] | None = None
     plain: list[KeysValues] | None = None
+    attention: Callable[[Tensor, Tensor, Tensor, Rotation], Tensor] | None = None
 
 
 class Attention(nn.Module):
@@ -89,6 +92,8 @@ class Block(nn.Module):
         q, (k, v) = self.attn1.queries(x), self.attn1.keys_and_values(x)
         if reading.plain is not None:
             reading.plain.append((k, v))
+        if reading.attention is not None:
+            return self.attn1.output(reading.attention(q, k, v, reading.rotation))
         q, k = rotated(q, reading.rotation), rotated(k, reading.rotation)
         if reading.before is not None:
             for room, own in zip(reading.before[number], (k, v), strict=True):
@@ -109,7 +114,12 @@ class Block(nn.Module):
 
 
 class VideoTransformer(nn.Module):
-    """Tokens (B, N, channels) and their frames' timesteps in, velocities out; random weights."""
+    """Tokens (B, N, channels) and their frames' timesteps in, velocities out; random weights.
+
+    checkpoint_blocks: in training, keep nothing of a block but its input, as a world model does.
+    """
+
+    checkpoint_blocks = False
 
     def __init__(self, channels: int, heads: int, head_dim: int, num_layers: int, text_dim: int):
         super().__init__()
@@ -130,7 +140,8 @@ class VideoTransformer(nn.Module):
         time = time.view(*timestep.shape, 6, -1)
         text = None if reading.text_keys else self.caption_projection(reading.text.to(x.dtype))
         for number, block in enumerate(self.transformer_blocks):
-            x = block(x, time, text, reading, number)
+            given = x, time, text, reading, number
+            x = checkpointed(block, *given) if self.checkpoint_blocks and torch.is_grad_enabled() else block(*given)
         shift, scale = (self.scale_shift_table + embedded.view(*timestep.shape, 1, -1)).unbind(2)
         return self.proj_out(_modulated_by_layer_norm(x, shift, scale))
 

@@ -14,10 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
+from longtake.model.refiner.blockwise import SINK, Blocks
 from longtake.model.refiner.network import KeysValues, Reading, Rotation, VideoTransformer, rotated
 from longtake.model.samplers.flow_euler import euler
-
-SINK = 1  # latent frames
 
 
 class Refiner(nn.Module):
@@ -36,6 +35,20 @@ class Refiner(nn.Module):
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         return self.velocity(latents, timestep, self.reading(latents, text, text_mask))
+
+    def by_blocks(self, clean: Tensor, noisy: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """As `forward`, for training a refiner of blocks: of `noisy` blocks each as `RefinerStream` sees it after the
+        `clean` frames before it. The first frame's, which is clean, is zero.
+        """
+        assert self.block_size is not None
+        frames, area = clean.shape[2], clean.shape[3] * clean.shape[4]
+        blocks = Blocks(block_sizes(frames - SINK, self.block_size), self.window, area)
+        latents = torch.cat([clean[:, :, : blocks.clean], noisy[:, :, SINK:]], 2)
+        reading = self.reading(latents, text, text_mask)
+        reading.rotation, reading.attention = self.places(blocks.places, latents), blocks
+        timestep = torch.cat([torch.zeros_like(timestep[:, : blocks.clean]), timestep[:, SINK:]], 1)
+        velocity = self.velocity(latents, timestep, reading)[:, :, blocks.clean :]
+        return torch.cat([torch.zeros_like(velocity[:, :, :SINK]), velocity], 2)
 
     def velocity(self, latents: Tensor, timestep: Tensor, reading: Reading) -> Tensor:
         """As `forward`, of the frames and beside the text that `reading` was made for."""

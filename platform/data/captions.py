@@ -46,6 +46,18 @@ def stored_features(clips: Sequence[EncodedClip], length: int) -> tuple[np.ndarr
     texts = [clip.text for clip in clips if clip.text is not None]
     if len(texts) < len(clips):
         raise ValueError("a clip's caption has no features: encode it again with encode-latents")
+    return _padded(texts, length)
+
+
+def refiner_features(clips: Sequence[EncodedClip]) -> tuple[np.ndarray, np.ndarray]:
+    """As `stored_features`, of the refiner's, whose length is that of the longest. ValueError for a clip without."""
+    texts = [clip.refiner_text for clip in clips if clip.refiner_text is not None]
+    if len(texts) < len(clips):
+        raise ValueError("a clip's caption has no features for the refiner (refiner_text): encode its caption for it")
+    return _padded(texts, max(map(len, texts)))
+
+
+def _padded(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     out = np.zeros((len(texts), length, texts[0].shape[1]), np.float16)
     mask = np.zeros((len(texts), length), bool)
     for row, text in enumerate(texts):

@@ -3,8 +3,9 @@
 One row is a clip (or a window of one). Arrays lie in binary columns, C order, little endian: latents float16, its
 shape (C, T, h, w) in `shape`; c2w float32 (F, 4, 4), OpenCV axes, metres; intrinsics float32 (F, 4), pixels. F raw
 frames give T = (F - 1) / 8 + 1. Where a frozen encoder read the caption, `text` has its features, float16
-(n, text_dim). Of latents that a model made, `noisy` has what they were at its `timesteps`, float16 (K, C, T, h, w).
-Stores of before have no such columns.
+(n, text_dim); `refiner_text` the same of a refiner that reads it its own way. Of latents that a model made, `noisy` has
+what they were at its `timesteps`, float16 (K, C, T, h, w); of pairs for a refiner, what the model made of them from
+sigma = timestep / 1000. Stores of before have no such columns.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ _SCHEMA = pa.schema(
         ("text_dim", pa.int32()),
         ("noisy", pa.binary()),
         ("timesteps", pa.list_(pa.float32())),
+        ("refiner_text", pa.binary()),
+        ("refiner_text_dim", pa.int32()),
     ]
 )
 TEXT = ["text", "text_dim"]
 TRAJECTORY = ["noisy", "timesteps"]
-COLUMNS = [name for name in _SCHEMA.names if name not in TEXT + TRAJECTORY]
+REFINER_TEXT = ["refiner_text", "refiner_text_dim"]
+COLUMNS = [name for name in _SCHEMA.names if name not in TEXT + TRAJECTORY + REFINER_TEXT]
 _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep random access cheap
 
 
@@ -48,8 +52,9 @@ _ROW_GROUP_BYTES = 4 << 20  # a row is read with its group: small groups keep ra
 class EncodedClip:
     """Normalised latents float16 (C, T, h, w); c2w float32 (F, 4, 4); intrinsics float32 (F, 4) in pixels.
 
-    text: features float16 (n, D) of the caption's n tokens, if a frozen encoder has read it. noisy: float16
-    (K, C, T, h, w), the latents on their way from noise, at K `timesteps`, if a model has made them.
+    text: features float16 (n, D) of the caption's n tokens, if a frozen encoder has read it; refiner_text: the same of
+    the refiner's. noisy: float16 (K, C, T, h, w), the latents on their way from noise, at K `timesteps`, if a model has
+    made them, or K versions of them for a refiner.
     """
 
     key: str
@@ -63,6 +68,7 @@ class EncodedClip:
     text: np.ndarray | None = None
     noisy: np.ndarray | None = None
     timesteps: tuple[float, ...] = ()
+    refiner_text: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         frames = len(self.c2w)
@@ -86,16 +92,27 @@ class EncodedClip:
             "fps": self.fps,
             "split": self.split,
             "licence": self.licence,
-            "text": None if self.text is None else np.ascontiguousarray(self.text, np.float16).tobytes(),
-            "text_dim": None if self.text is None else self.text.shape[1],
+            **_features("text", self.text),
             "noisy": None if self.noisy is None else np.ascontiguousarray(self.noisy, np.float16).tobytes(),
             "timesteps": list(self.timesteps),
+            **_features("refiner_text", self.refiner_text),
         }
+
+
+def _features(name: str, text: np.ndarray | None) -> dict[str, Any]:
+    """The stored form of a caption's features."""
+    if text is None:
+        return {name: None, f"{name}_dim": None}
+    return {name: np.ascontiguousarray(text, np.float16).tobytes(), f"{name}_dim": text.shape[1]}
 
 
 def decode_row(row: dict[str, Any]) -> EncodedClip:
     """The inverse of `EncodedClip.row`; the arrays are read-only views of the row's bytes."""
-    text, noisy = row.get("text"), row.get("noisy")
+    noisy = row.get("noisy")
+    text, refiner_text = (
+        None if row.get(name) is None else np.frombuffer(row[name], np.float16).reshape(-1, row[f"{name}_dim"])
+        for name in ("text", "refiner_text")
+    )
     return EncodedClip(
         key=row["key"],
         latents=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
@@ -105,9 +122,10 @@ def decode_row(row: dict[str, Any]) -> EncodedClip:
         fps=row["fps"],
         split=row["split"],
         licence=row["licence"],
-        text=None if text is None else np.frombuffer(text, np.float16).reshape(-1, row["text_dim"]),
+        text=text,
         noisy=None if noisy is None else np.frombuffer(noisy, np.float16).reshape(-1, *row["shape"]),
         timesteps=tuple(row.get("timesteps") or ()),
+        refiner_text=refiner_text,
     )
 
 

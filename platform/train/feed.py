@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from longtake.model.config import WorldModelConfig
 from longtake.model.text import tokenize
-from longtake.platform.data.captions import stored_features
-from longtake.platform.data.latents import COLUMNS, TEXT, TRAJECTORY, EncodedClip, LatentStore, decode_row
+from longtake.platform.data.captions import refiner_features, stored_features
+from longtake.platform.data.latents import COLUMNS, REFINER_TEXT, TEXT, TRAJECTORY, EncodedClip, LatentStore, decode_row
 from longtake.platform.data.store import ClipStore, DamagedShard
 from longtake.platform.observe.notices import say
 from longtake.platform.train.order import Mixture, Order, Share
@@ -87,7 +87,8 @@ class LatentSource:
     or the features of a frozen one, text float16 (B, L, D), and of either tokens_mask bool (B, L).
 
     features: whether a frozen encoder's are read. timesteps: of the trajectories that are read as noisy float16
-    (B, K, C, T, h, w). ValueError for a clip that has none.
+    (B, K, C, T, h, w); pairs: whether a refiner's versions of the clips are. refiner_text: whether its own features of
+    captions are read, as refiner_text float16 (B, L, D) and refiner_text_mask. ValueError for a clip that has none.
     padding: (latent frames, raw frames of each but the first) that clips are padded to; batches then have `frames`
     int64 (B,), how many latent frames are real. ValueError for a longer clip.
     """
@@ -98,6 +99,8 @@ class LatentSource:
     padding: tuple[int, int] | None = None
     features: bool = False
     timesteps: tuple[float, ...] = ()
+    pairs: bool = False
+    refiner_text: bool = False
 
     def batch(self, start: int, count: int) -> Arrays:
         return self.read(self.order.rows(start, count))
@@ -106,7 +109,8 @@ class LatentSource:
         return self.index.whole(rows, lambda rows, _: self._read(rows))
 
     def _read(self, rows: np.ndarray) -> Arrays:
-        columns = COLUMNS + TEXT * self.features + TRAJECTORY * bool(self.timesteps)
+        columns = COLUMNS + TEXT * self.features + TRAJECTORY * (self.pairs or bool(self.timesteps))
+        columns += REFINER_TEXT * self.refiner_text
         clips = [decode_row(row) for row in self.index.read(rows, columns)]
         frames = {}
         if self.padding:
@@ -115,6 +119,7 @@ class LatentSource:
         return (
             frames
             | self._trajectories(clips)
+            | self._pairs(clips)
             | {
                 "latents": np.stack([clip.latents for clip in clips]),
                 "c2w": np.stack([clip.c2w for clip in clips]),
@@ -139,11 +144,25 @@ class LatentSource:
                 )
         return {"noisy": np.stack([clip.noisy for clip in clips if clip.noisy is not None])}
 
+    def _pairs(self, clips: list[EncodedClip]) -> Arrays:
+        if not self.pairs:
+            return {}
+        for clip in clips:
+            if clip.noisy is None or clip.timesteps != clips[0].timesteps:
+                raise ValueError(
+                    f"{clip.key} has no pairs, or at other sigmas than {clips[0].key}: make them all with one "
+                    "`longtake make-pairs`"
+                )
+        return {"noisy": np.stack([clip.noisy for clip in clips if clip.noisy is not None])}
+
     def _captions(self, clips: list[EncodedClip]) -> Arrays:
+        own: Arrays = {}
+        if self.refiner_text:
+            own = dict(zip(("refiner_text", "refiner_text_mask"), refiner_features(clips), strict=True))
         if self.features:
-            return dict(zip(("text", "tokens_mask"), stored_features(clips, self.text_length), strict=True))
+            return own | dict(zip(("text", "tokens_mask"), stored_features(clips, self.text_length), strict=True))
         tokens, mask = tokenize([clip.caption for clip in clips], self.text_length)
-        return {"tokens": tokens.numpy(), "tokens_mask": mask.numpy()}
+        return own | {"tokens": tokens.numpy(), "tokens_mask": mask.numpy()}
 
 
 def _padded(clip: EncodedClip, latent_frames: int, stride: int) -> EncodedClip:
@@ -222,9 +241,27 @@ def open_source(stage: Stage, config: WorldModelConfig, uri: str, split: str = "
     timesteps = config.sampler.timesteps[:-1] if stage.objective == "ode" else ()
     if timesteps and TRAJECTORY[0] not in index.stored:
         raise ValueError(f"{uri} holds no trajectories of a teacher: make some with `longtake make-trajectories`")
-    source = LatentSource(index, order, config.text.length, padding, config.text.frozen, timesteps)
+    pairs, own_text = False, False
+    if stage.objective == "refiner":
+        pairs, own_text = bool(stage.options.get("pairs")), config.refiner_reads_own_text
+        _check_refiner(uri, index.stored, config, pairs, own_text)
+    source = LatentSource(index, order, config.text.length, padding, config.text.frozen, timesteps, pairs, own_text)
     _check_latents(source, config, stage.frames)
     return source
+
+
+def _check_refiner(uri: str, stored: list[str], config: WorldModelConfig, pairs: bool, own_text: bool) -> None:
+    """ValueError when a store lacks what the refiner's stage reads beside latents."""
+    if pairs and TRAJECTORY[0] not in stored:
+        raise ValueError(
+            f"{uri} holds no pairs: make some with `longtake make-pairs`, or train beside stage 1 with "
+            "--set options.pairs=False"
+        )
+    if own_text and REFINER_TEXT[0] not in stored:
+        raise ValueError(
+            f"{uri} holds no features of captions for the refiner of preset {config.name!r} (refiner_text, "
+            f"{config.refiner.text_dim} wide): encode its captions for the refiner"
+        )
 
 
 def _check_latents(source: LatentSource, config: WorldModelConfig, frames: int) -> None:

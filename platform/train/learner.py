@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,6 +45,7 @@ class Learner:
     ) -> None:
         self.module, self.stage, self.rate, self.tag, self.workers = module, stage, rate, tag, workers
         self.trained = [p for p in module.parameters() if p.requires_grad]
+        self.without_frozen = getattr(module, "frozen_from", None) is not None
         self.device = self.trained[0].device
         self.accumulation = share[1]
         self._engine = self._initialised(*share)
@@ -121,24 +121,19 @@ class Learner:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write this worker's files into a checkpoint."""
-        self._engine.save_checkpoint(str(folder), tag=self.tag, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder), self.tag, state, save_latest=False, exclude_frozen_parameters=self.without_frozen
+        )
 
     def load(self, checkpoint: Path, *, rank: int, barrier: Callable[[], None]) -> dict[str, Any]:
         """Go on from a checkpoint of any number of workers; returns what `save` was given. Of all workers together."""
         if self.stage.zero_stage and reshard.written_by(checkpoint, self.tag) != self.workers:
             state = reshard.load(self._engine, checkpoint, self.tag, rank=rank, barrier=barrier)
         else:
-            _, state = self._engine.load_checkpoint(str(checkpoint), tag=self.tag)
+            strict = not self.without_frozen
+            _, state = self._engine.load_checkpoint(str(checkpoint), tag=self.tag, load_module_strict=strict)
         if self.stage.zero_stage == 3:
             # Loading gathers small parameters. DeepSpeed learns which modules use another's parameters when it finds
             # them apart, in the first pass, and would have none in the backward pass.
             self._engine.optimizer.checkpoint_event_prologue()
         return state
-
-    def whole_weights(self) -> contextlib.AbstractContextManager:
-        """Inside, every worker has all of them."""
-        if self.stage.zero_stage < 3:
-            return contextlib.nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()))

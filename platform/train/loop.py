@@ -61,10 +61,9 @@ class Worker:
         replicas = self.workers // self.stage.context_parallel
         self.share = Share(self.rank // self.stage.context_parallel, replicas, self.micro)
         torch.manual_seed(self.stage.seed)
-        init = settings.init.get({"vae": "vae"}.get(self.stage.objective, "dit"))
-        self.objective = build_objective(
-            self.stage.objective, settings.config, self.stage.options, Path(init) if init else None
-        ).to(self.device)
+        self.objective = build_objective(self.stage.objective, settings.config, self.stage.options)
+        self.objective.start({part: Path(folder) for part, folder in settings.init.items()})
+        self.objective.to(self.device)
         if self.stage.context_parallel > 1:
             frames = settings.config.latent_frames(self.stage.frames)
             sharing = self.stage.context_parallel, self.stage.attention_exchange
@@ -193,7 +192,7 @@ class Worker:
         folder = self.settings.folder / "checkpoints"
 
         def write_files(partial: Path) -> None:
-            state = {"step": self.step, "seconds": self.clock.now()}
+            state = {"step": self.step, "seconds": self.clock.now(), "frozen_from": self.objective.frozen_from}
             if self.ema and self.rank == 0:
                 state["ema"] = self.ema.state_dict()
             for learner in self.learners.values():
@@ -223,6 +222,11 @@ class Worker:
         state: dict[str, Any] = {}
         for learner in self.learners.values():
             state = learner.load(newest, rank=self.rank, barrier=_barrier) | state
+        if (saved := state.get("frozen_from")) != self.objective.frozen_from:
+            raise ValueError(
+                f"this run began from frozen weights {saved or 'of its own'}, --init now gives "
+                f"{self.objective.frozen_from or 'none'}: give those again, or choose another --run"
+            )
         if self.ema and "ema" in state:
             self.ema.load_state_dict(state["ema"])
         return state["step"], state["seconds"]
@@ -237,10 +241,12 @@ class Worker:
         _barrier()
 
     def _whole_weights(self) -> contextlib.AbstractContextManager:
-        stack = contextlib.ExitStack()
-        for learner in self.learners.values():
-            stack.enter_context(learner.whole_weights())
-        return stack
+        """Inside, every worker has all of what is exported."""
+        if self.stage.zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.objective.exported.parameters()))
 
     def close(self) -> None:
         """Stop reading ahead."""

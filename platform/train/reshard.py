@@ -32,7 +32,8 @@ def load(engine: Any, checkpoint: Path, tag: str, *, rank: int, barrier: Callabl
         _convert(checkpoint / tag, folder / _TAG)
     barrier()
     engine._config.load_universal_checkpoint = True  # the configuration's, for this once
-    _, state = engine.load_checkpoint(str(folder), tag=_TAG)
+    # Frozen parameters may have been left out, and are loaded below where they were not.
+    _, state = engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
     engine._config.load_universal_checkpoint = False
     _load_untrained(engine.module, checkpoint / tag)
     barrier()

@@ -31,6 +31,9 @@ def export_weights(objective: Objective, config: WorldModelConfig, init: dict[st
         name = weights.FOLDERS[part]
         if not (partial / name).exists():
             shutil.copytree(Path(source) / name, partial / name)
+            beside = Path(source) / weights.ADAPTERS
+            if part == "refiner" and beside.is_dir() and not (partial / weights.ADAPTERS).exists():
+                shutil.copytree(beside, partial / weights.ADAPTERS)
     shutil.rmtree(folder / "weights", ignore_errors=True)
     partial.rename(folder / "weights")
 

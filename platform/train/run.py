@@ -75,7 +75,9 @@ def resolve(name: str, args: argparse.Namespace) -> Settings:
             raise ValueError("freeze_encoder trains the decoder of an autoencoder that exists: give it with --init")
     if not config.text.frozen and init.get("dit") != init.get("text") and not video:
         raise ValueError("--init: transformer/ and text_encoder/ are trained together, give a folder that holds both")
-    if stage.init_from and "dit" not in init:
+    if stage.objective == "refiner":
+        _check_refiner(stage, config, init)
+    if stage.init_from and "dit" not in init and not stage.options.get("pairs"):
         raise ValueError(f"{name} starts from the weights of {' or '.join(stage.init_from)}: give its run with --init")
     for part, folder in init.items():
         if part == "dit" and video:
@@ -106,14 +108,33 @@ def _corpora(given: list[str]) -> Corpora:
 
 
 def configured(preset: WorldModelConfig, stage: Stage) -> WorldModelConfig:
-    """The preset as the stage trains it. ValueError for a field that a model does not have."""
-    unknown = set(stage.model) - {field.name for field in dataclasses.fields(preset)}
-    if unknown:
-        raise ValueError(f"model.{min(unknown)} is no field of a model's configuration")
-    config = dataclasses.replace(preset, **stage.model)
+    """The preset as the stage trains it; "refiner." begins the names of the refiner's fields. ValueError for a field
+    that a model does not have.
+    """
+    own, refiner = {}, {}
+    for name, value in stage.model.items():
+        of_refiner = name.startswith("refiner.")
+        (refiner if of_refiner else own)[name.removeprefix("refiner.")] = value
+        fields = dataclasses.fields(preset.refiner if of_refiner else preset)
+        if name.removeprefix("refiner.") not in {field.name for field in fields}:
+            raise ValueError(f"model.{name} is no field of a model's configuration")
+    config = dataclasses.replace(preset, **own)
+    config = dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, **refiner))
     if config.chunk_causal and (stage.pad or stage.attention_exchange == "ring"):
         raise ValueError(f"{stage.name}: a chunk-causal model trains with pad=False and attention_exchange=heads")
     return config
+
+
+def _check_refiner(stage: Stage, config: WorldModelConfig, init: dict[str, str]) -> None:
+    """ValueError when adapters would lack their base, or its text encoder a refiner that shares stage 1's."""
+    if config.refiner.lora_rank and "refiner" not in init:
+        raise ValueError(
+            f"{stage.name} trains adapters of a refiner that exists: give the folder that holds its refiner/ with "
+            "--init, or train all of a new one with a preset whose lora_rank is 0"
+        )
+    shared = not config.text.frozen and not config.refiner_reads_own_text
+    if stage.options.get("pairs") and shared and "text" not in init:
+        raise ValueError(f"{stage.name} reads captions through stage 1's text encoder: give stage 1's run with --init")
 
 
 def _check_origin(stage: Stage, config: WorldModelConfig, saved: WorldModelConfig, folder: Path) -> None:

@@ -35,7 +35,7 @@ class Stage:
     attention_exchange: how they share softmax attention, by "heads" or in a "ring" (platform/parallel/context.py); more
     workers a clip than the model has heads want the ring.
     zero_stage: DeepSpeed ZeRO 0 to 3. offload: ZeRO keeps the optimizer's state in host memory, and updates there.
-    checkpoint_blocks: compute the world model's blocks once more in the backward pass instead of keeping what they
+    checkpoint_blocks: compute the network's blocks once more in the backward pass instead of keeping what they
     computed. dtype: what autocast computes in on a GPU; parameters stay float32.
     compiled: sub-modules given to torch.compile on a GPU in mode `compile`, lists of blocks block by block; an empty
     mode compiles nothing.
@@ -100,8 +100,8 @@ class Stage:
             raise ValueError(f"{self.name}: pad is for the flow objective, and for attention_exchange=heads")
         if self.offload and not self.zero_stage:
             raise ValueError("offload is ZeRO's: set zero_stage to 1, 2 or 3, or offload=False")
-        if self.checkpoint_blocks and self.objective in ("vae", "refiner"):
-            raise ValueError(f"{self.name}: checkpoint_blocks is for world models alone: set it to False")
+        if self.checkpoint_blocks and self.objective == "vae":
+            raise ValueError(f"{self.name}: checkpoint_blocks is not for autoencoders: set it to False")
         if self.checkpoint_blocks and self.compile == "reduce-overhead":
             # CUDA graphs reuse the memory of a block's last run, and here it runs twice.
             raise ValueError(f"{self.name}: checkpoint_blocks and CUDA graphs exclude each other: set compile=default")
@@ -354,7 +354,7 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
         _SANA_ODE,
         _SANA_DISTILL,
         Stage(
-            # Published: the objective and the rank-384 LoRA. Batch, learning rate and steps are ours.
+            # Published: the objective and the rank-384 LoRA. Batch, learning rate, steps and pairs are ours.
             name="stage5_refiner",
             objective="refiner",
             frames=961,
@@ -364,9 +364,11 @@ _TABLE: dict[str, tuple[Stage, ...]] = {
             schedule="constant",
             steps=10_000,
             grad_clip=0.5,
+            options=dict(pairs=True, base_dtype="bfloat16"),
             seed=3407,
             init_from=("stage2_hybrid", "stage3_minute"),
             zero_stage=3,
+            checkpoint_blocks=True,
         ),
     ),
 }

@@ -30,6 +30,24 @@ def test_a_generator_and_its_critic_are_timed(tmp_path, monkeypatch, ray_cluster
     assert json.loads((tmp_path / "here.json").read_text())["figures"]["step_s_T4_cp1"] > 0
 
 
+def test_a_refiner_s_adapters_are_timed(tmp_path, monkeypatch, ray_cluster):
+    write = measurements.write
+    monkeypatch.setattr(bench_train.measurements, "write", lambda *args: write(*args, folder=tmp_path))
+    command = ["--stage", "stage5_refiner", "--layouts", "1x1x3", "--steps", "3", "--name", "here"]
+    changes = ["options.pairs=True", "model.refiner.lora_rank=4", "model.refiner.text_dim=40", "optimizer=adamw"]
+    changes += ["zero_stage=3", "offload=True", "checkpoint_blocks=True", "ema=0.0"]
+    bench_train.main([*command, *(word for change in changes for word in ("--set", change))])
+    assert json.loads((tmp_path / "here.json").read_text())["figures"]["step_s_T3_cp1"] > 0
+
+
+def test_the_full_refiner_is_timed_on_one_gpu_and_on_several(capsys):
+    command = ["--preset", "sana-wm", "--stage", "stage5_refiner", "--layouts", "1x1x11", "2x1x11", "--dry-run"]
+    bench_train.main([*command, "--set", "offload=True"])
+    alone, two = json.loads(capsys.readouterr().out)
+    assert alone["options"] == {"pairs": True, "base_dtype": "bfloat16"} and alone["checkpoint_blocks"]
+    assert (alone["batch_size"], alone["zero_stage"], two["batch_size"], two["zero_stage"]) == (1, 3, 2, 3)
+
+
 def test_a_layout_is_workers_sharing_and_frames(capsys):
     bench_train.main(["--preset", "sana-wm", "--layouts", "4x2x121", "1x1x61", "--dry-run"])
     minute, alone = json.loads(capsys.readouterr().out)

@@ -32,9 +32,11 @@ def batch(config):
     }
 
 
-@pytest.mark.parametrize("kind", ["flow", "refiner", "chunks"])
+@pytest.mark.parametrize("kind", ["flow", "refiner", "refiner by blocks", "chunks"])
 def test_the_loss_is_finite_and_repeats_with_the_seed(kind, config, batch):
     torch.manual_seed(0)
+    if kind == "refiner by blocks":
+        kind, config = "refiner", dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, block_size=1))
     config = dataclasses.replace(config, chunk_causal=kind == "chunks", chunk_size=1)
     objective = build_objective("flow" if kind == "chunks" else kind, config)
     loss, metrics = objective(batch, draws())
@@ -197,8 +199,58 @@ def test_a_step_of_refiner_training_leaves_stage_one_alone(config, batch):
     torch.manual_seed(0)
     objective = RefinerObjective(dataclasses.replace(config))
     objective(batch, draws())[0].backward()
-    assert all(parameter.grad is None for parameter in objective.stage1.parameters())
+    assert objective.stage1 and all(parameter.grad is None for parameter in objective.stage1.parameters())
     assert any(parameter.grad is not None for parameter in objective.refiner.parameters())
+
+
+@pytest.fixture
+def pairs(batch):
+    """With three versions of each clip, of a rising number: 1, 2, 3 and 4, 5, 6 below the clips' own."""
+    versions = torch.arange(1.0, 7).view(2, 3, 1, 1, 1, 1)
+    return batch | {"noisy": (batch["latents"][:, None] - versions).half()}
+
+
+def test_a_refiner_of_pairs_draws_one_of_a_clip_s_versions(config, pairs):
+    torch.manual_seed(0)
+    objective = RefinerObjective(config, pairs=True)
+    assert not [name for name, _ in objective.named_parameters() if "world_model" in name]
+    seen = {1: set(), 4: set()}
+    for seed in range(20):
+        lost = (pairs["latents"] - objective.coarse(pairs, draws(seed=seed))).mean((1, 2, 3, 4)).round().tolist()
+        for first, found in zip(seen, lost, strict=True):
+            seen[first].add(found)
+    assert seen == {1: {1, 2, 3}, 4: {4, 5, 6}}
+    loss, metrics = objective(pairs, draws())
+    assert torch.isfinite(loss) and loss == objective(pairs, draws())[0] and metrics["coarse_mse"] > 1
+    assert objective.sample(pairs, draws()).shape == pairs["latents"].shape
+
+
+def test_a_refiner_that_reads_captions_its_own_way_asks_for_them(config, pairs):
+    config = dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, text_dim=40))
+    objective = RefinerObjective(config, pairs=True)
+    with pytest.raises(ValueError, match="40 wide, and the batch has none .* encode its captions"):
+        objective(pairs, draws())
+    own = {"refiner_text": torch.randn(2, 5, 40).half(), "refiner_text_mask": torch.ones(2, 5, dtype=torch.bool)}
+    assert torch.isfinite(objective(pairs | own, draws())[0])
+
+
+def test_chunks_are_reconstructed_one_after_another(config, batch):
+    torch.manual_seed(0)
+    config = dataclasses.replace(config, chunk_causal=True, chunk_size=1)
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, chunk_interval=1))
+    objective = FlowObjective(config)
+    for parameter in objective.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    sigma = torch.tensor([0.9, 0.6])
+    made = objective.reconstruct(batch, draws(), sigma, 2)
+    assert torch.equal(made[:, :, 0], batch["latents"][:, :, 0])
+    changed = dict(batch, latents=batch["latents"].clone())
+    changed["latents"][:, :, 2] += 1
+    again = objective.reconstruct(changed, draws(), sigma, 2)
+    assert torch.equal(again[:, :, :2], made[:, :, :2]) and not torch.equal(again[:, :, 2], made[:, :, 2])
+    # A clip's sigma is its own.
+    one = {name: x[1:] for name, x in batch.items()}
+    torch.testing.assert_close(objective.reconstruct(one, Draws(0, [1]), sigma[1:], 2), made[1:])
 
 
 def test_sigmas_of_chunks_are_alike_or_do_not_fall_or_begin_clean():

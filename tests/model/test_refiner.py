@@ -71,6 +71,49 @@ def test_parts_of_any_length_are_refined_as_the_whole(config):
     assert torch.equal(torch.cat(parts, 2), whole)
 
 
+@pytest.mark.parametrize(("size", "window", "frames"), [(3, 6, 14), (2, 11, 7), (3, 2, 8), (3, 5, 3)])
+def test_a_block_in_training_sees_what_a_stream_shows_it(size, window, frames, config, monkeypatch):
+    refiner = by_blocks(config, block_size=size, window=window, num_layers=2)
+    clean, noisy = torch.randn(2, 2, config.latent_channels, frames, 2, 3)
+    text, mask = torch.randn(2, 12, 32), torch.rand(2, 12) < 0.7
+    mask[:, 0] = True
+    timestep = 500 * torch.rand(2, frames)
+    made = refiner.by_blocks(clean, noisy, timestep, text, mask)
+    assert made.shape == clean.shape and not made[:, :, 0].any()
+
+    found = [torch.zeros_like(clean[:, :, :1])]
+    parts = zip(*(x.split(size, dim) for x, dim in ((clean[:, :, 1:], 2), (timestep[:, 1:], 1))), strict=True)
+
+    def pretend(latents, noise, reading, frozen):
+        """The block was refined to its clean frames."""
+        true, at = next(parts)
+        found.append(refiner.velocity(latents, at, reading))
+        return true
+
+    monkeypatch.setattr(refiner, "_denoised", pretend)
+    stream = RefinerStream(refiner, text, mask)
+    stream.begin(clean[:, :, :1])
+    for block in noisy[:, :, 1:].split(size, 2):
+        stream.refine(block, block)
+    torch.testing.assert_close(made, torch.cat(found, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_training_by_blocks_is_of_each_block_s_own_sigma_and_its_gradient_is_checkpointed_alike(config):
+    refiner = by_blocks(config, num_layers=2)
+    seen, (clean, noisy) = [], torch.randn(2, 1, config.latent_channels, 8, 2, 3)
+    refiner.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    grads = []
+    for refiner.transformer.checkpoint_blocks in (False, True):
+        refiner.zero_grad()
+        timestep, text = torch.arange(8.0)[None] * 50, torch.ones(1, 12, 32)
+        refiner.by_blocks(clean, noisy, timestep, text, torch.ones(1, 12)).square().mean().backward()
+        grads.append([p.grad for p in refiner.parameters()])
+    assert seen[0][0].tolist() == [0.0] * 7 + [50.0 * frame for frame in range(1, 8)]
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+    assert any(grad.any() for grad in grads[0])
+
+
 def test_what_a_stream_keeps_does_not_grow_and_goes_on_as_it_was(config):
     refiner = by_blocks(config, window=5)
     text, mask = torch.randn(1, 12, 32), torch.ones(1, 12, dtype=torch.bool)
