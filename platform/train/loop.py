@@ -61,7 +61,10 @@ class Worker:
         replicas = self.workers // self.stage.context_parallel
         self.share = Share(self.rank // self.stage.context_parallel, replicas, self.micro)
         torch.manual_seed(self.stage.seed)
-        self.objective = build_objective(self.stage.objective, settings.config, self.stage.options)
+        # A large base is built where it stays: on the host it would take minutes, and twice its memory.
+        frozen_base = self.stage.objective == "refiner" and settings.config.refiner.lora_rank
+        with self.device if frozen_base else contextlib.nullcontext():
+            self.objective = build_objective(self.stage.objective, settings.config, self.stage.options)
         self.objective.start({part: Path(folder) for part, folder in settings.init.items()})
         self.objective.to(self.device)
         if self.stage.context_parallel > 1:
