@@ -19,7 +19,7 @@ import torch
 
 import longtake
 from longtake.model import presets, weights
-from longtake.model.camera import KEY_MAPS, Trajectory, intrinsics_from_fov, parse_actions
+from longtake.model.camera import KEY_MAPS, Steering, Trajectory, intrinsics_from_fov, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
@@ -34,8 +34,11 @@ from longtake.platform.search.plan import (
     long_actions,
     make_candidate,
     make_plan,
+    make_tree,
 )
 from longtake.platform.search.run import Search
+from longtake.platform.search.timing import time_tree
+from longtake.platform.search.tree import check_tree
 from longtake.platform.store.files import refuse_url
 from longtake.platform.store.run_folder import RunFolder
 
@@ -49,13 +52,24 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{folder} ships no images/: give some with --images")
     images = load_images(args.images or [folder / "images"], frame.prepare_image, args.prompt, args.licence)
     model = f"{config.name} {fingerprint(folder)} {config.sampler} {args.num_steps} {config.refiner}"
-    candidates = make_plan(images, trajectories, range(args.seed, args.seed + args.seeds), model)
+    seeds = range(args.seed, args.seed + args.seeds)
+    if args.tree:
+        paths = functools.partial(walk, args, config)
+        candidates = make_tree(images, list(trajectories), args.tree, paths, seeds, model)
+        check_length(
+            "of the tree", max((each.trajectory for each in candidates), key=lambda each: each.num_frames), config
+        )
+    else:
+        candidates = make_plan(images, trajectories, seeds, model)
     if args.dry_run:
         print(json.dumps(resolved(args, config, folder, candidates), indent=2))
         return
+    if args.measure_tree:
+        measure_tree(args, config, folder, candidates)
+        return
     started = time.monotonic()
     run = RunFolder(args.out)
-    started_pools = functools.cache(lambda: pools(args, folder))
+    started_pools = functools.cache(lambda: pools(args, config, folder))
     about = {"model": config.name, "weights": fingerprint(folder), "longtake": longtake.__version__}
     about |= {"generator": "longtake search-refine", "num_steps": args.num_steps or config.sampler.num_steps}
     search = Search(candidates, run, args.top_k, about, args.batch_size)
@@ -85,6 +99,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--licence", help="of the images; by default the first line of licence.txt beside them")
     add("--actions", action="append", help=f"keys and frames, repeatable; by default {' '.join(ACTIONS)}")
     add("--trajectory", type=Path, action="append", help="poses c2w (F, 4, 4) as .npy, or a saved .npz; repeatable")
+    add(
+        "--tree",
+        type=int,
+        default=0,
+        metavar="DEPTH",
+        help="try every sequence of so many --actions, whole chunks each",
+    )
     add("--key-map", default="official", choices=KEY_MAPS)
     add("--translation-speed", type=float, help="metres a second; by default the key map's")
     add("--rotation-speed", type=float, help="degrees a second; by default the key map's")
@@ -101,11 +122,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gpus-per-actor", type=float, help="by default the cluster's GPUs are shared out evenly")
     add("--out", type=Path, default=Path("runs/search"))
     add("--measure", action="store_true", help="write docs/measurements/PRESET_DEVICE.json from the long video")
+    add("--measure-tree", action="store_true", help="time one tree beside its leaves one by one, and end")
     add("--dry-run", action="store_true", help="print what would be done as JSON")
     args = parser.parse_args(argv)
     for name in ("seeds", "top_k", "batch_size", "generators", "refiners"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.tree < 0:
+        raise ValueError(f"--tree must be a number of levels, or 0 for no tree, not {args.tree}")
+    if args.tree and not args.actions:
+        raise ValueError("--tree needs its branches: give some --actions, whole chunks each, such as --actions w-24")
+    if args.tree and (args.trajectory or args.num_steps):
+        raise ValueError("--tree takes --actions and the preset's steps: leave out --trajectory and --num-steps")
+    if args.measure_tree and not args.tree:
+        raise ValueError("--measure-tree needs a tree: give --tree 3 and some --actions")
     if args.measure and not args.long:
         raise ValueError("--measure needs the long video: give --long 60")
     refuse_url("--out", args.out)
@@ -140,6 +170,8 @@ def trajectories_of(args: argparse.Namespace, config: WorldModelConfig) -> dict[
         check_length("--long-actions", walk(args, config, args.long_actions), config)
     for name, trajectory in found.items():
         check_length(name, trajectory, config)
+    if args.tree:
+        check_tree(config, list(found.values()))
     return found
 
 
@@ -167,7 +199,22 @@ def walk(args: argparse.Namespace, config: WorldModelConfig, text: str) -> Traje
     )
 
 
-def pools(args: argparse.Namespace, folder: Path) -> tuple[list[Any], list[Any]]:
+def steering(args: argparse.Namespace, config: WorldModelConfig) -> Steering:
+    return Steering(args.key_map, config.fps, args.translation_speed, args.rotation_speed)
+
+
+def model_spec(
+    args: argparse.Namespace, config: WorldModelConfig, folder: Path, device: str, dtype: torch.dtype
+) -> ModelSpec:
+    # Not by the number of actors: on a CPU, how many threads share a sum tells in its last bits.
+    threads = min(4, os.cpu_count() or 1)
+    where = (
+        args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
+    )
+    return ModelSpec(args.preset, where, device, dtype, args.num_steps, threads, steering(args, config), args.fov)
+
+
+def pools(args: argparse.Namespace, config: WorldModelConfig, folder: Path) -> tuple[list[Any], list[Any]]:
     """Generators and refine writers, on GPUs where the cluster has some."""
     ray_cluster.connect(num_cpus=args.generators + args.refiners + 2)
     resources, actors = ray.cluster_resources(), args.generators + args.refiners
@@ -178,11 +225,7 @@ def pools(args: argparse.Namespace, folder: Path) -> tuple[list[Any], list[Any]]
     if share * actors > gpus:
         raise ValueError(f"the cluster has {gpus:.0f} GPUs for {actors} actors of {share} each: start fewer, or share")
     device, dtype = ("cuda", torch.bfloat16) if share else ("cpu", torch.float32)
-    threads = max(1, (os.cpu_count() or 1) // args.generators)
-    where = (
-        args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
-    )
-    spec = ModelSpec(args.preset, where, device, dtype, args.num_steps, threads)
+    spec = model_spec(args, config, folder, device, dtype)
     # Fractions must fit into whole GPUs, so they are rounded down.
     share = share if share in (0, 1) or args.gpus_per_actor else int(share * 100) / 100
     return start_pool(Generator, spec, args.generators, share), start_pool(RefineWriter, spec, args.refiners, share)
@@ -207,6 +250,17 @@ def measure(run: RunFolder, chosen: Candidate, config: WorldModelConfig) -> None
         "peak_gb": max(record["cost"]["peak_gb"], refined["cost"]["peak_gb"]),
     }
     print(f"measured: {measurements.write(name, figures)}")
+
+
+def measure_tree(args: argparse.Namespace, config: WorldModelConfig, folder: Path, leaves: list[Candidate]) -> None:
+    """Time the first image's tree in this process, and write docs/measurements/search_tree.json."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipeline = model_spec(args, config, folder, device, dtype).load("text", "vae", "dit")
+    tree = [leaf for leaf in leaves if leaf.root == leaves[0].root]
+    figures = time_tree(pipeline, tree, steering(args, config), args.fov, args.batch_size)
+    for name, figure in figures.items():
+        print(f"{name:16} {figure:.4g}")
+    print(f"measured: {measurements.write('search_tree', figures)}")
 
 
 def resolved(

@@ -5,7 +5,15 @@ cx, cy in pixels, where pixel coordinates run from 0 at the image's left (top) e
 (bottom) edge.
 """
 
-from longtake.model.camera.actions import KEY_MAPS, KeyMap, Motion, Steering, parse_actions, random_actions
+from longtake.model.camera.actions import (
+    KEY_MAPS,
+    KeyMap,
+    Motion,
+    Steering,
+    parse_actions,
+    random_actions,
+    split_actions,
+)
 from longtake.model.camera.features import CameraFeatures, camera_features, plucker_rays, ray_matrices
 from longtake.model.camera.pose import intrinsics_from_fov, invert, relative_to_first
 from longtake.model.camera.trajectory import Trajectory
@@ -25,4 +33,5 @@ __all__ = [
     "random_actions",
     "ray_matrices",
     "relative_to_first",
+    "split_actions",
 ]

@@ -128,6 +128,29 @@ def random_actions(frames: int, seed: int, key_map: str = "official") -> str:
     return ",".join(pieces)
 
 
+def split_actions(text: str, frames: int) -> list[str]:
+    """Actions, well formed, in pieces of `frames` frames: one after another they hold the same keys. ValueError when
+    their length is not a multiple of it.
+    """
+    pieces: list[str] = []
+    piece, room, total = [], frames, 0
+    for segment in "".join(text.split()).split(","):
+        letters, _, duration = segment.rpartition("-")
+        left = int(duration)
+        total += left
+        while left:
+            taken = min(left, room)
+            piece.append(f"{letters}-{taken}")
+            left, room = left - taken, room - taken
+            if not room:
+                pieces.append(",".join(piece))
+                piece, room = [], frames
+    if piece:
+        near = max(1, round(total / frames)) * frames
+        raise ValueError(f"actions {text} last {total} frames: give a multiple of {frames}, such as {near}")
+    return pieces
+
+
 def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
     """For each frame, the sum of the held keys' directions."""
     segments = "".join(text.split()).split(",")

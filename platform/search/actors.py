@@ -11,10 +11,12 @@ import numpy as np
 import ray
 import torch
 
+from longtake.model.camera import Steering
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.evaluate.scores import score
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.search.plan import Candidate
+from longtake.platform.search.tree import Tree
 from longtake.platform.store.video import encode_video
 
 _LATENTS_OF_LONG = 11  # five seconds
@@ -22,7 +24,7 @@ _LATENTS_OF_LONG = 11  # five seconds
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How an actor loads its part of the model. threads: of torch, on a CPU."""
+    """How an actor loads its part of the model. threads: of torch, on a CPU. steering, fov_deg: the camera of trees."""
 
     preset: str
     weights: str | None = None
@@ -30,6 +32,8 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32
     num_steps: int | None = None
     threads: int = 1
+    steering: Steering = Steering()
+    fov_deg: float = 75.0
 
     def load(self, *parts: str) -> WorldPipeline:
         torch.set_num_threads(self.threads)
@@ -66,18 +70,27 @@ class Generator:
         """Loaded by the first call: Ray passes on what a method raised, but not the error of a constructor."""
         return self.model.load("text", "vae", "dit")
 
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree(self.pipeline, self.model.steering, self.model.fov_deg)
+
     def make(self, candidates: list[Candidate], latents: list[np.ndarray | None]) -> list[Made]:
-        """Roll out candidates of equal length together; those whose latents an earlier run left are only scored."""
+        """Roll out candidates together, of equal length or leaves of one tree. Where an earlier run left the latents of
+        all of them, they are only scored.
+        """
         pipeline, started = self.pipeline, time.monotonic()
-        todo = [candidate for candidate, known in zip(candidates, latents, strict=True) if known is None]
-        fresh = iter(self._rollouts(todo)) if todo else iter(())
-        seconds = (time.monotonic() - started) / max(1, len(todo))
-        cost = _cost(seconds, pipeline)
-        whole = [known if known is not None else next(fresh) for known in latents]
-        return [
-            Made(stored, self._scores(candidate, stored), cost)
-            for candidate, stored in zip(candidates, whole, strict=True)
-        ]
+        known = [each for each in latents if each is not None]
+        todo = len(known) < len(candidates)
+        if todo and candidates[0].branches:
+            leaves = self.tree.leaves(candidates)
+            cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
+            return [
+                Made(_stored(leaf.latents[0]), _score(each, _Sample(each.trajectory.num_frames).of(leaf.frames)), cost)
+                for each, leaf in zip(candidates, leaves, strict=True)
+            ]
+        made = self._rollouts(candidates) if todo else known
+        cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
+        return [Made(stored, self._scores(each, stored), cost) for each, stored in zip(candidates, made, strict=True)]
 
     def _rollouts(self, candidates: list[Candidate]) -> list[np.ndarray]:
         latents = self.pipeline.generate(
@@ -87,7 +100,7 @@ class Generator:
             [candidate.seed for candidate in candidates],
             self.model.num_steps,
         )
-        return [part.cpu().numpy().astype(np.float16) for part in latents]
+        return [_stored(part) for part in latents]
 
     def _scores(self, candidate: Candidate, latents: np.ndarray) -> dict[str, float]:
         """Of the one long video nothing depends on these scores, so only its beginning is decoded here."""
@@ -155,6 +168,10 @@ def _score(candidate: Candidate, sample: _Sample) -> dict[str, float]:
     trajectory = candidate.trajectory
     c2w, intrinsics = trajectory.c2w.numpy()[sample.indices], trajectory.intrinsics.numpy()[sample.indices]
     return score(sample.frames(), c2w, intrinsics, trajectory.fps, sample.indices)
+
+
+def _stored(latents: torch.Tensor) -> np.ndarray:
+    return latents.cpu().numpy().astype(np.float16)
 
 
 def _batch(latents: np.ndarray, pipeline: WorldPipeline) -> torch.Tensor:

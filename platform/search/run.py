@@ -9,34 +9,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from longtake.platform.data.clip import Clip
 from longtake.platform.observe.progress import Progress
 from longtake.platform.search.actors import Made, Refined
-from longtake.platform.search.plan import Candidate
+from longtake.platform.search.plan import Candidate, subtrees
+from longtake.platform.search.pool import Pool, Shares
 from longtake.platform.store.page import write_page
 from longtake.platform.store.run_folder import RunFolder
 from longtake.platform.store.table import write_table
-
-
-class Pool:
-    """Actors of one kind, each with at most one call under way."""
-
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self.idle = list(actors)
-        self.busy: dict[ray.ObjectRef, tuple[Any, Any]] = {}
-
-    def call(self, method: str, work: Any, *arguments: Any) -> None:
-        """Have an idle actor do `work`."""
-        actor = self.idle.pop()
-        self.busy[getattr(actor, method).remote(*arguments)] = (actor, work)
-
-    def take(self, done: ray.ObjectRef) -> tuple[Any, Any]:
-        """The work of a finished call and its result; raises what the actor raised."""
-        actor, work = self.busy.pop(done)
-        self.idle.append(actor)
-        return work, ray.get(done)
 
 
 class Search:
@@ -50,19 +33,24 @@ class Search:
         provenance: dict[str, Any],
         batch_size: int = 1,
     ) -> None:
-        self.run, self.provenance, self.batch_size, self.top_k = run, provenance, batch_size, top_k
+        self.run, self.provenance, self.top_k = run, provenance, top_k
         self.groups: dict[str, list[Candidate]] = {}
         for candidate in candidates:
             self.groups.setdefault(candidate.image.name, []).append(candidate)
         self.scores: dict[str, float] = {}
-        self.to_make = deque(candidate for candidate in candidates if not self._known(candidate))
+        missing = {candidate.key for candidate in candidates if not self._known(candidate)}
+        unfinished = [
+            [batch for batch in batches if any(candidate.key in missing for candidate in batch)]
+            for batches in subtrees(candidates, batch_size)
+        ]
+        self.to_make = Shares(unfinished)
         self.to_refine: deque[Candidate] = deque()
         self.chosen: list[Candidate] = []
         for image in self.groups:
             self._choose(image)
         refined = sum(min(top_k, len(group)) for group in self.groups.values())
         self.total = len(candidates) + refined
-        self.pending = len(self.to_make) + refined - (len(self.chosen) - len(self.to_refine))
+        self.pending = len(missing) + refined - (len(self.chosen) - len(self.to_refine))
 
     def execute(self, pools: Callable[[], tuple[Sequence[Any], Sequence[Any]]], label: str = "search") -> None:
         """Work until nothing is left. An actor's error ends the search; all that came back before it is kept.
@@ -77,10 +65,8 @@ class Search:
     def _work(self, makers: Pool, refiners: Pool, label: str) -> None:
         with Progress(self.total, "clips", label, initial=self.total - self.pending) as progress:
             while True:
-                while makers.idle and self.to_make:
-                    batch = self._next_batch()
-                    known = [self.run.rollout(candidate.key) for candidate in batch]
-                    makers.call("make", batch, batch, [None if one is None else one["latents"] for one in known])
+                while makers.idle and (batch := self.to_make.next(makers.idle[-1])):
+                    makers.call("make", batch, batch, [self._latents(candidate) for candidate in batch])
                 while refiners.idle and self.to_refine:
                     candidate = self.to_refine.popleft()
                     rollout = self.run.rollout(candidate.key)
@@ -92,9 +78,10 @@ class Search:
                 done = ray.wait(under_way)[0][0]
                 if done in makers.busy:
                     batch, results = makers.take(done)
-                    for candidate, made in zip(batch, results, strict=True):
+                    fresh = [pair for pair in zip(batch, results, strict=True) if pair[0].key not in self.scores]
+                    for candidate, made in fresh:
                         self._keep_made(candidate, made)
-                    progress.update(len(batch), follow=results[-1].scores["follow"])
+                    progress.update(len(fresh), follow=results[-1].scores["follow"])
                 else:
                     candidate, refined = refiners.take(done)
                     self._keep_refined(candidate, refined)
@@ -108,13 +95,12 @@ class Search:
         """The chosen candidate of highest score."""
         return max(self.chosen, key=lambda candidate: (self.scores[candidate.key], candidate.key))
 
-    def _next_batch(self) -> list[Candidate]:
-        """Candidates of one length, which can be rolled out together."""
-        batch = [self.to_make.popleft()]
-        length = batch[0].trajectory.num_frames
-        while self.to_make and len(batch) < self.batch_size and self.to_make[0].trajectory.num_frames == length:
-            batch.append(self.to_make.popleft())
-        return batch
+    def _latents(self, candidate: Candidate) -> np.ndarray | None:
+        """What an earlier run left of a candidate that is not scored. A leaf is made again instead: its scores are of
+        the frames that its session decoded.
+        """
+        rollout = None if candidate.branches else self.run.rollout(candidate.key)
+        return None if rollout is None else rollout["latents"]
 
     def _known(self, candidate: Candidate) -> bool:
         record = self.run.record(candidate.key)
