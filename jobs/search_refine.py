@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -36,9 +37,11 @@ from longtake.platform.search.plan import (
     make_plan,
     make_tree,
 )
-from longtake.platform.search.run import Search
+from longtake.platform.search.run import STEPS, Search
+from longtake.platform.search.selection import NAMES, Rule, parse_weights
 from longtake.platform.search.timing import time_tree
 from longtake.platform.search.tree import check_tree
+from longtake.platform.store.dataset import KINDS, write_dataset
 from longtake.platform.store.files import refuse_url
 from longtake.platform.store.run_folder import RunFolder
 
@@ -69,20 +72,27 @@ def main(argv: list[str] | None = None) -> None:
         return
     started = time.monotonic()
     run = RunFolder(args.out)
+    steps = (args.step,) if args.step else STEPS
     started_pools = functools.cache(lambda: pools(args, config, folder))
     about = {"model": config.name, "weights": fingerprint(folder), "longtake": longtake.__version__}
     about |= {"generator": "longtake search-refine", "num_steps": args.num_steps or config.sampler.num_steps}
-    search = Search(candidates, run, args.top_k, about, args.batch_size)
-    work = search.pending
+    rule, budget = Rule(args.top_k, parse_weights(args.score)), args.budget or math.inf
+    search = Search(candidates, run, rule, about, args.batch_size, steps, budget)
+    there = search.total - search.pending
     search.execute(started_pools)
-    print(
-        f"{work} videos made or refined in {time.monotonic() - started:.0f} s, {search.total - work} were there already"
-    )
-    if args.long:
+    print(f"{search.made} videos made or refined in {time.monotonic() - started:.0f} s, {there} were there already")
+    if args.long and "refine" in steps and search.chosen:
         chosen = long_candidate(args, config, search.best().image, model)
-        Search([chosen], run, 1, about).execute(started_pools, label=f"{args.long:.0f} s video")
-        if args.measure:
+        last = Search([chosen], run, rule, about, budget=budget, note=search.note())
+        last.execute(started_pools, label=f"{args.long:.0f} s video")
+        if args.measure and run.refined(chosen.key):
             measure(run, chosen, config)
+    if args.dataset and "refine" in steps:
+        print(f"data set: {write_dataset(run.path / 'results.parquet', args.dataset).resolve()}")
+    if "select" in steps:
+        print(f"selection: {len(search.chosen)} of {len(search.records)} scored candidates")
+    if note := search.note():
+        print(note)
     print(f"page: {(run.path / 'index.html').resolve()}")
     run.close()
 
@@ -113,6 +123,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first seed")
     add("--seeds", type=int, default=1, help="seeds for each image and trajectory")
     add("--top-k", type=int, default=1, help="videos refined for each image")
+    add("--step", choices=STEPS, help="one step alone; by default all of them. The long video belongs to refine")
+    weights_now = " ".join(f"{name}={weight:g}" for name, weight in parse_weights(None).items())
+    add("--score", action="append", metavar="NAME=WEIGHT", help=f"of {', '.join(NAMES)}; by default {weights_now}")
+    add("--budget", type=float, metavar="SECONDS", help="of rollouts, over all generators and runs; then none begins")
     add("--long", type=float, default=60.0, help="seconds of one long video from the best image; 0 for none")
     add("--long-actions", help="keys and frames of the long video; by default a walk")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
@@ -121,6 +135,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--refiners", type=int, default=1, help="actors of stage 2")
     add("--gpus-per-actor", type=float, help="by default the cluster's GPUs are shared out evenly")
     add("--out", type=Path, default=Path("runs/search"))
+    add("--dataset", choices=KINDS, help="write the selected videos as such shards as well, in OUT/dataset")
     add("--measure", action="store_true", help="write docs/measurements/PRESET_DEVICE.json from the long video")
     add("--measure-tree", action="store_true", help="time one tree beside its leaves one by one, and end")
     add("--dry-run", action="store_true", help="print what would be done as JSON")
@@ -128,6 +143,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("seeds", "top_k", "batch_size", "generators", "refiners"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    parse_weights(args.score)
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget must be more than 0 seconds, not {args.budget}")
     if args.tree < 0:
         raise ValueError(f"--tree must be a number of levels, or 0 for no tree, not {args.tree}")
     if args.tree and not args.actions:
@@ -216,8 +234,11 @@ def model_spec(
 
 def pools(args: argparse.Namespace, config: WorldModelConfig, folder: Path) -> tuple[list[Any], list[Any]]:
     """Generators and refine writers, on GPUs where the cluster has some."""
-    ray_cluster.connect(num_cpus=args.generators + args.refiners + 2)
-    resources, actors = ray.cluster_resources(), args.generators + args.refiners
+    generators = args.generators if args.step != "refine" or args.long else 0
+    refiners = args.refiners if args.step != "search" else 0
+    actors = generators + refiners
+    ray_cluster.connect(num_cpus=actors + 2)
+    resources = ray.cluster_resources()
     if resources.get("CPU", 0) < actors:
         raise ValueError(f"the cluster has {resources.get('CPU', 0):.0f} CPUs for {actors} actors: start fewer")
     gpus = resources.get("GPU", 0)
@@ -228,7 +249,7 @@ def pools(args: argparse.Namespace, config: WorldModelConfig, folder: Path) -> t
     spec = model_spec(args, config, folder, device, dtype)
     # Fractions must fit into whole GPUs, so they are rounded down.
     share = share if share in (0, 1) or args.gpus_per_actor else int(share * 100) / 100
-    return start_pool(Generator, spec, args.generators, share), start_pool(RefineWriter, spec, args.refiners, share)
+    return start_pool(Generator, spec, generators, share), start_pool(RefineWriter, spec, refiners, share)
 
 
 def long_candidate(args: argparse.Namespace, config: WorldModelConfig, image: StartImage, model: str) -> Candidate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from longtake.model.camera import Steering
 from longtake.model.pipeline import WorldPipeline
+from longtake.platform.evaluate.novelty import describe
 from longtake.platform.evaluate.scores import score
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.search.plan import Candidate
@@ -42,10 +44,13 @@ class ModelSpec:
 
 @dataclass
 class Made:
-    """A rollout with its scores. latents: (C, T, h, w) float16. cost: of the rollout alone, see `_cost`."""
+    """A rollout with its scores. latents: (C, T, h, w) float16. descriptor: what its novelty is computed from. cost: of
+    the rollout alone, with what a leaf shares where it is the first to need it; see `_cost`.
+    """
 
     latents: np.ndarray
     scores: dict[str, float]
+    descriptor: str
     cost: dict[str, Any]
 
 
@@ -85,12 +90,15 @@ class Generator:
             leaves = self.tree.leaves(candidates)
             cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
             return [
-                Made(_stored(leaf.latents[0]), _score(each, _Sample(each.trajectory.num_frames).of(leaf.frames)), cost)
+                self._made(each, _stored(leaf.latents[0]), leaf.frames, cost)
                 for each, leaf in zip(candidates, leaves, strict=True)
             ]
         made = self._rollouts(candidates) if todo else known
         cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
-        return [Made(stored, self._scores(each, stored), cost) for each, stored in zip(candidates, made, strict=True)]
+        return [
+            self._made(each, stored, self._decoded(each, stored), cost)
+            for each, stored in zip(candidates, made, strict=True)
+        ]
 
     def _rollouts(self, candidates: list[Candidate]) -> list[np.ndarray]:
         latents = self.pipeline.generate(
@@ -102,12 +110,20 @@ class Generator:
         )
         return [_stored(part) for part in latents]
 
-    def _scores(self, candidate: Candidate, latents: np.ndarray) -> dict[str, float]:
-        """Of the one long video nothing depends on these scores, so only its beginning is decoded here."""
-        if candidate.purpose == "long":
-            latents = latents[:, :_LATENTS_OF_LONG]
-        frames = (latents.shape[1] - 1) * self.pipeline.config.vae_stride[0] + 1
-        return _score(candidate, _Sample(frames).of(self.pipeline.decode_chunks(_batch(latents, self.pipeline))))
+    def _decoded(self, candidate: Candidate, latents: np.ndarray) -> Iterable[np.ndarray]:
+        return self.pipeline.decode_chunks(_batch(latents[:, : _scored(candidate, latents)], self.pipeline))
+
+    def _made(
+        self, candidate: Candidate, latents: np.ndarray, chunks: Iterable[np.ndarray], cost: dict[str, Any]
+    ) -> Made:
+        frames = (_scored(candidate, latents) - 1) * self.pipeline.config.vae_stride[0] + 1
+        sample = _Sample(frames).of(chunks)
+        return Made(latents, _score(candidate, sample), describe(sample.frames()), cost)
+
+
+def _scored(candidate: Candidate, latents: np.ndarray) -> int:
+    """Latent frames of which the scores are. Nothing depends on those of the one long video: of it, the beginning's."""
+    return min(latents.shape[1], _LATENTS_OF_LONG) if candidate.purpose == "long" else latents.shape[1]
 
 
 class RefineWriter:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +31,32 @@ pytestmark = pytest.mark.cpu
 
 BRANCHES = ("w-24", "aw-24", "d-10,w-38")
 SPLIT = ["--actions", "w-24", "--actions", "dw-24"]
+KILLS = int(os.environ.get("LONGTAKE_TEST_KILLS", "2"))  # of the driver; each is a run of its own
+# A driver that, as it is about to put a file in its place, kills its actors, and later them and itself.
+KILL = """
+import os, signal, sys
+import psutil, ray
+from longtake.jobs import search_refine
+moments, writes, replace = [int(word) for word in sys.argv[1:3]], 0, os.replace
+def kill_actors():
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = psutil.process_iter(["cmdline"])
+    raylets = [process for process in found if "raylet/raylet" in str(process.info["cmdline"])]
+    for raylet in raylets:
+        for process in raylet.children() if session in str(raylet.info["cmdline"]) else ():
+            if str(process.cmdline()).startswith(("['ray::Generator", "['ray::RefineWriter")):
+                process.kill()
+def counted(source, target):
+    global writes
+    writes += 1
+    if writes in moments:
+        kill_actors()
+    if writes == moments[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = counted
+search_refine.main(sys.argv[3:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +176,32 @@ def test_a_search_of_a_tree_lists_every_path_and_several_generators_share_it(ray
     assert tables[0].equals(tables[1])
 
 
+def made(out: Path) -> dict[str, bytes]:
+    """All that holds no times."""
+    names = ("results.parquet", "selection.json", "index.html")
+    kept = [*(out / name for name in names), *out.glob("dataset/*"), *out.glob("refined/*.mp4")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in kept}
+
+
+def test_killed_at_random_moments_a_tree_ends_the_same_to_the_byte(ray_cluster, weights, root, tmp_path):
+    command = ["--preset", "tiny-streaming", "--weights", str(weights), *SPLIT, "--tree", "2", "--long", "0"]
+    command += ["--dataset", "webdataset", "--top-k", "2", "--score", "follow=1", "--score", "novelty=1"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    chosen = random.Random(0)
+    killed = [*command, "--generators", "2", "--out", str(tmp_path / "killed")]
+    for _ in range(KILLS):
+        # A run writes some 8 files for the tree and as many for what is refined; what is there is not written again.
+        moments = sorted(chosen.sample(range(1, 8), 2))
+        arguments = [sys.executable, "-c", KILL, *map(str, moments), *killed]
+        child = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        assert child.returncode in (-signal.SIGKILL, 0), child.stderr
+    search_refine.main(killed)
+    search_refine.main([*command, "--out", str(tmp_path / "calm")])
+    assert made(tmp_path / "killed") == made(tmp_path / "calm")
+    assert len(list((tmp_path / "killed" / "records").iterdir())) == 4
+    assert len(list((tmp_path / "killed" / "clips").glob("*.parquet"))) == 2
+
+
 def test_a_generator_makes_of_a_leaf_the_latents_of_a_generator_without_trees(streaming, weights):
     leaf = leaves_of(streaming)[5]
     generator = Generator(ModelSpec("tiny-streaming", str(weights), steering=Steering(fps=streaming.fps)))
@@ -159,7 +216,7 @@ def test_a_generator_makes_of_a_leaf_the_latents_of_a_generator_without_trees(st
     [
         (["--actions", "w-25"], "a multiple of 8"),
         (["--actions", "w-32"], "last 32 frames: give a multiple of 24, such as 24"),
-        (["--actions", "w-24", "--actions", "w-24"], "two candidates are the same"),
+        (["--actions", "w-24", "--actions", "w-24,w-24"], "two candidates are the same"),
         ([], "--tree needs its branches"),
         (["--actions", "w-24", "--num-steps", "2"], "leave out"),
         (["--actions", "w-24", "--preset", "tiny", "--weights", "WHOLE"], "see the whole clip at once"),
