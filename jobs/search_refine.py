@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 import longtake
 from longtake.model import presets, weights
-from longtake.model.camera import KEY_MAPS, Trajectory, intrinsics_from_fov, parse_actions
+from longtake.model.camera import KEY_MAPS, Steering, Trajectory, intrinsics_from_fov, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
@@ -34,8 +35,13 @@ from longtake.platform.search.plan import (
     long_actions,
     make_candidate,
     make_plan,
+    make_tree,
 )
-from longtake.platform.search.run import Search
+from longtake.platform.search.run import STEPS, Search
+from longtake.platform.search.selection import NAMES, Rule, parse_weights
+from longtake.platform.search.timing import time_tree
+from longtake.platform.search.tree import check_tree
+from longtake.platform.store.dataset import KINDS, write_dataset
 from longtake.platform.store.files import refuse_url
 from longtake.platform.store.run_folder import RunFolder
 
@@ -49,26 +55,44 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{folder} ships no images/: give some with --images")
     images = load_images(args.images or [folder / "images"], frame.prepare_image, args.prompt, args.licence)
     model = f"{config.name} {fingerprint(folder)} {config.sampler} {args.num_steps} {config.refiner}"
-    candidates = make_plan(images, trajectories, range(args.seed, args.seed + args.seeds), model)
+    seeds = range(args.seed, args.seed + args.seeds)
+    if args.tree:
+        paths = functools.partial(walk, args, config)
+        candidates = make_tree(images, list(trajectories), args.tree, paths, seeds, model)
+        check_length(
+            "of the tree", max((each.trajectory for each in candidates), key=lambda each: each.num_frames), config
+        )
+    else:
+        candidates = make_plan(images, trajectories, seeds, model)
     if args.dry_run:
         print(json.dumps(resolved(args, config, folder, candidates), indent=2))
         return
+    if args.measure_tree:
+        measure_tree(args, config, folder, candidates)
+        return
     started = time.monotonic()
     run = RunFolder(args.out)
-    started_pools = functools.cache(lambda: pools(args, folder))
+    steps = (args.step,) if args.step else STEPS
+    started_pools = functools.cache(lambda: pools(args, config, folder))
     about = {"model": config.name, "weights": fingerprint(folder), "longtake": longtake.__version__}
     about |= {"generator": "longtake search-refine", "num_steps": args.num_steps or config.sampler.num_steps}
-    search = Search(candidates, run, args.top_k, about, args.batch_size)
-    work = search.pending
+    rule, budget = Rule(args.top_k, parse_weights(args.score)), args.budget or math.inf
+    search = Search(candidates, run, rule, about, args.batch_size, steps, budget)
+    there = search.total - search.pending
     search.execute(started_pools)
-    print(
-        f"{work} videos made or refined in {time.monotonic() - started:.0f} s, {search.total - work} were there already"
-    )
-    if args.long:
+    print(f"{search.made} videos made or refined in {time.monotonic() - started:.0f} s, {there} were there already")
+    if args.long and "refine" in steps and search.chosen:
         chosen = long_candidate(args, config, search.best().image, model)
-        Search([chosen], run, 1, about).execute(started_pools, label=f"{args.long:.0f} s video")
-        if args.measure:
+        last = Search([chosen], run, rule, about, budget=budget, note=search.note())
+        last.execute(started_pools, label=f"{args.long:.0f} s video")
+        if args.measure and run.refined(chosen.key):
             measure(run, chosen, config)
+    if args.dataset and "refine" in steps:
+        print(f"data set: {write_dataset(run.path / 'results.parquet', args.dataset).resolve()}")
+    if "select" in steps:
+        print(f"selection: {len(search.chosen)} of {len(search.records)} scored candidates")
+    if note := search.note():
+        print(note)
     print(f"page: {(run.path / 'index.html').resolve()}")
     run.close()
 
@@ -85,6 +109,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--licence", help="of the images; by default the first line of licence.txt beside them")
     add("--actions", action="append", help=f"keys and frames, repeatable; by default {' '.join(ACTIONS)}")
     add("--trajectory", type=Path, action="append", help="poses c2w (F, 4, 4) as .npy, or a saved .npz; repeatable")
+    add(
+        "--tree",
+        type=int,
+        default=0,
+        metavar="DEPTH",
+        help="try every sequence of so many --actions, whole chunks each",
+    )
     add("--key-map", default="official", choices=KEY_MAPS)
     add("--translation-speed", type=float, help="metres a second; by default the key map's")
     add("--rotation-speed", type=float, help="degrees a second; by default the key map's")
@@ -92,6 +123,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="the first seed")
     add("--seeds", type=int, default=1, help="seeds for each image and trajectory")
     add("--top-k", type=int, default=1, help="videos refined for each image")
+    add("--step", choices=STEPS, help="one step alone; by default all of them. The long video belongs to refine")
+    weights_now = " ".join(f"{name}={weight:g}" for name, weight in parse_weights(None).items())
+    add("--score", action="append", metavar="NAME=WEIGHT", help=f"of {', '.join(NAMES)}; by default {weights_now}")
+    add("--budget", type=float, metavar="SECONDS", help="of rollouts, over all generators and runs; then none begins")
     add("--long", type=float, default=60.0, help="seconds of one long video from the best image; 0 for none")
     add("--long-actions", help="keys and frames of the long video; by default a walk")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
@@ -100,12 +135,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--refiners", type=int, default=1, help="actors of stage 2")
     add("--gpus-per-actor", type=float, help="by default the cluster's GPUs are shared out evenly")
     add("--out", type=Path, default=Path("runs/search"))
+    add("--dataset", choices=KINDS, help="write the selected videos as such shards as well, in OUT/dataset")
     add("--measure", action="store_true", help="write docs/measurements/PRESET_DEVICE.json from the long video")
+    add("--measure-tree", action="store_true", help="time one tree beside its leaves one by one, and end")
     add("--dry-run", action="store_true", help="print what would be done as JSON")
     args = parser.parse_args(argv)
     for name in ("seeds", "top_k", "batch_size", "generators", "refiners"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    parse_weights(args.score)
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget must be more than 0 seconds, not {args.budget}")
+    if args.tree < 0:
+        raise ValueError(f"--tree must be a number of levels, or 0 for no tree, not {args.tree}")
+    if args.tree and not args.actions:
+        raise ValueError("--tree needs its branches: give some --actions, whole chunks each, such as --actions w-24")
+    if args.tree and (args.trajectory or args.num_steps):
+        raise ValueError("--tree takes --actions and the preset's steps: leave out --trajectory and --num-steps")
+    if args.measure_tree and not args.tree:
+        raise ValueError("--measure-tree needs a tree: give --tree 3 and some --actions")
     if args.measure and not args.long:
         raise ValueError("--measure needs the long video: give --long 60")
     refuse_url("--out", args.out)
@@ -140,6 +188,8 @@ def trajectories_of(args: argparse.Namespace, config: WorldModelConfig) -> dict[
         check_length("--long-actions", walk(args, config, args.long_actions), config)
     for name, trajectory in found.items():
         check_length(name, trajectory, config)
+    if args.tree:
+        check_tree(config, list(found.values()))
     return found
 
 
@@ -167,10 +217,28 @@ def walk(args: argparse.Namespace, config: WorldModelConfig, text: str) -> Traje
     )
 
 
-def pools(args: argparse.Namespace, folder: Path) -> tuple[list[Any], list[Any]]:
+def steering(args: argparse.Namespace, config: WorldModelConfig) -> Steering:
+    return Steering(args.key_map, config.fps, args.translation_speed, args.rotation_speed)
+
+
+def model_spec(
+    args: argparse.Namespace, config: WorldModelConfig, folder: Path, device: str, dtype: torch.dtype
+) -> ModelSpec:
+    # Not by the number of actors: on a CPU, how many threads share a sum tells in its last bits.
+    threads = min(4, os.cpu_count() or 1)
+    where = (
+        args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
+    )
+    return ModelSpec(args.preset, where, device, dtype, args.num_steps, threads, steering(args, config), args.fov)
+
+
+def pools(args: argparse.Namespace, config: WorldModelConfig, folder: Path) -> tuple[list[Any], list[Any]]:
     """Generators and refine writers, on GPUs where the cluster has some."""
-    ray_cluster.connect(num_cpus=args.generators + args.refiners + 2)
-    resources, actors = ray.cluster_resources(), args.generators + args.refiners
+    generators = args.generators if args.step != "refine" or args.long else 0
+    refiners = args.refiners if args.step != "search" else 0
+    actors = generators + refiners
+    ray_cluster.connect(num_cpus=actors + 2)
+    resources = ray.cluster_resources()
     if resources.get("CPU", 0) < actors:
         raise ValueError(f"the cluster has {resources.get('CPU', 0):.0f} CPUs for {actors} actors: start fewer")
     gpus = resources.get("GPU", 0)
@@ -178,14 +246,10 @@ def pools(args: argparse.Namespace, folder: Path) -> tuple[list[Any], list[Any]]
     if share * actors > gpus:
         raise ValueError(f"the cluster has {gpus:.0f} GPUs for {actors} actors of {share} each: start fewer, or share")
     device, dtype = ("cuda", torch.bfloat16) if share else ("cpu", torch.float32)
-    threads = max(1, (os.cpu_count() or 1) // args.generators)
-    where = (
-        args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
-    )
-    spec = ModelSpec(args.preset, where, device, dtype, args.num_steps, threads)
+    spec = model_spec(args, config, folder, device, dtype)
     # Fractions must fit into whole GPUs, so they are rounded down.
     share = share if share in (0, 1) or args.gpus_per_actor else int(share * 100) / 100
-    return start_pool(Generator, spec, args.generators, share), start_pool(RefineWriter, spec, args.refiners, share)
+    return start_pool(Generator, spec, generators, share), start_pool(RefineWriter, spec, refiners, share)
 
 
 def long_candidate(args: argparse.Namespace, config: WorldModelConfig, image: StartImage, model: str) -> Candidate:
@@ -207,6 +271,17 @@ def measure(run: RunFolder, chosen: Candidate, config: WorldModelConfig) -> None
         "peak_gb": max(record["cost"]["peak_gb"], refined["cost"]["peak_gb"]),
     }
     print(f"measured: {measurements.write(name, figures)}")
+
+
+def measure_tree(args: argparse.Namespace, config: WorldModelConfig, folder: Path, leaves: list[Candidate]) -> None:
+    """Time the first image's tree in this process, and write docs/measurements/search_tree.json."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipeline = model_spec(args, config, folder, device, dtype).load("text", "vae", "dit")
+    tree = [leaf for leaf in leaves if leaf.root == leaves[0].root]
+    figures = time_tree(pipeline, tree, steering(args, config), args.fov, args.batch_size)
+    for name, figure in figures.items():
+        print(f"{name:16} {figure:.4g}")
+    print(f"measured: {measurements.write('search_tree', figures)}")
 
 
 def resolved(

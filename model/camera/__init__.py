@@ -13,6 +13,7 @@ from longtake.model.camera.actions import (
     parse_actions,
     random_actions,
     repeated_actions,
+    split_actions,
 )
 from longtake.model.camera.features import CameraFeatures, camera_features, plucker_rays, ray_matrices
 from longtake.model.camera.pose import intrinsics_from_fov, invert, relative_to_first
@@ -34,4 +35,5 @@ __all__ = [
     "ray_matrices",
     "relative_to_first",
     "repeated_actions",
+    "split_actions",
 ]

@@ -133,37 +133,58 @@ def repeated_actions(text: str, frames: int) -> str:
     """The key sequence, again from its beginning where it ends, of exactly `frames` frames. ValueError for durations as
     in `parse_actions`.
     """
-    segments = [_segment(segment) for segment in "".join(text.split()).split(",")]
     pieces, left = [], frames
-    for letters, duration in itertools.cycle(segments):
+    for letters, duration in itertools.cycle(_segments(text)):
         if left <= 0:
-            return ",".join(pieces)
+            break
         pieces.append(f"{letters}-{min(left, duration)}")
         left -= duration
-    raise AssertionError("a text has a segment at least")
+    return ",".join(pieces)
 
 
-def _segment(text: str) -> tuple[str, int]:
-    """Its keys, and how many frames they are held."""
-    letters, dash, duration = text.rpartition("-")
-    if not dash or not letters or not duration.isascii() or not duration.isdigit() or int(duration) < 1:
-        raise ValueError(f"action {text!r} must be KEYS-FRAMES with at least 1 frame, such as w-40 or none-8")
-    return letters, int(duration)
+def split_actions(text: str, frames: int) -> list[str]:
+    """Actions in pieces of `frames` frames: one after another they hold the same keys. ValueError when their length is
+    not a multiple of it, and for durations as in `parse_actions`.
+    """
+    pieces: list[str] = []
+    piece, room, total = [], frames, 0
+    for letters, left in _segments(text):
+        total += left
+        while left:
+            taken = min(left, room)
+            piece.append(f"{letters}-{taken}")
+            left, room = left - taken, room - taken
+            if not room:
+                pieces.append(",".join(piece))
+                piece, room = [], frames
+    if piece:
+        near = max(1, round(total / frames)) * frames
+        raise ValueError(f"actions {text} last {total} frames: give a multiple of {frames}, such as {near}")
+    return pieces
+
+
+def _segments(text: str) -> list[tuple[str, int]]:
+    """Keys, and how many frames they are held, one after another."""
+    found = []
+    for segment in "".join(text.split()).split(","):
+        letters, dash, duration = segment.rpartition("-")
+        if not dash or not letters or not duration.isascii() or not duration.isdigit() or int(duration) < 1:
+            raise ValueError(f"action {segment!r} must be KEYS-FRAMES with at least 1 frame, such as w-40 or none-8")
+        found.append((letters, int(duration)))
+    return found
 
 
 def _held_keys(text: str, key_map: KeyMap) -> list[tuple[int, int, int, int]]:
     """For each frame, the sum of the held keys' directions."""
-    segments = "".join(text.split()).split(",")
     held = []
-    for segment in segments:
-        letters, duration = _segment(segment)
-        letters = "" if letters.lower() == "none" else letters.lower()
-        unknown = sorted(set(letters) - set(key_map.keys))
-        if unknown:
+    for letters, duration in _segments(text):
+        keys = "" if letters.lower() == "none" else letters.lower()
+        if unknown := sorted(set(keys) - set(key_map.keys)):
             raise ValueError(
-                f"action {segment!r} has unknown keys {''.join(unknown)}: use {''.join(sorted(key_map.keys))} or none"
+                f"action {letters}-{duration} has unknown keys {''.join(unknown)}: use {''.join(sorted(key_map.keys))} "
+                "or none"
             )
-        directions = [key_map.keys[letter] for letter in set(letters)]
+        directions = [key_map.keys[letter] for letter in set(keys)]
         total = tuple(sum(axis) for axis in zip(*directions, strict=True)) if directions else (0, 0, 0, 0)
         held += [total] * duration
     return held

@@ -1,10 +1,12 @@
-"""Scores of one video, from its frames and its camera alone; no true video is needed.
+"""Scores of one video, from its frames and its camera alone; no true video is needed. `SCORES` lists them.
 
 `follow` tracks points from frame to frame and asks of each whether a point of positive depth, seen by the two cameras,
 could have moved so. Rotation leaves one place for it, translation a segment of the epipolar line that begins there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -21,20 +23,19 @@ _INVERSE_DEPTHS = np.concatenate([[0.0], np.geomspace(1 / 200, 1 / 0.2, 48)])
 def score(
     frames: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, fps: float, numbers: np.ndarray | None = None
 ) -> dict[str, float]:
-    """follow, sharpness, drift and their weighted sum `total`, each in [0, 1]; of drift, less is better.
+    """All of `SCORES`, each in [0, 1].
 
     frames: (F, H, W, 3) uint8. c2w: (F, 4, 4) OpenCV, metres. intrinsics: (F, 4) in pixels of the frames.
     numbers: (F,) places of the frames in their video, ascending, when they are a part of it.
     """
-    second = max(1, round(fps))
-    scores = {
-        "follow": follow(frames, c2w, intrinsics, fps, numbers),
-        "sharpness": relative_sharpness(frames),
-        "drift": min(1.0, color_drift(frames[:second], frames[-second:]) + _sharpness_part(frames, second)),
-    }
-    total = sum(weight * scores[name] for name, weight in WEIGHTS.items())
-    worst, best = sum(w for w in WEIGHTS.values() if w < 0), sum(w for w in WEIGHTS.values() if w > 0)
-    return scores | {"total": (total - worst) / (best - worst)}
+    return {name: function(frames, c2w, intrinsics, fps, numbers) for name, function in SCORES.items()}
+
+
+def total(scores: Mapping[str, float], weights: Mapping[str, float] = WEIGHTS) -> float:
+    """The weighted sum, scaled to [0, 1]; 0 without weights. Scores without one do not count."""
+    found = sum(weight * scores[name] for name, weight in weights.items())
+    worst, best = sum(w for w in weights.values() if w < 0), sum(w for w in weights.values() if w > 0)
+    return (found - worst) / ((best - worst) or 1)
 
 
 def follow(
@@ -123,7 +124,15 @@ def sharpness(frames: np.ndarray) -> float:
     return float(np.mean([cv2.Laplacian(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY), cv2.CV_64F).var() for f in frames]))
 
 
-def relative_sharpness(frames: np.ndarray) -> float:
+def drift(
+    frames: np.ndarray, c2w: np.ndarray, intrinsics: np.ndarray, fps: float, numbers: np.ndarray | None = None
+) -> float:
+    """Change of colour and sharpness from the first second to the last, in [0, 1]; less is better."""
+    second = max(1, round(fps))
+    return min(1.0, color_drift(frames[:second], frames[-second:]) + _sharpness_part(frames, second))
+
+
+def relative_sharpness(frames: np.ndarray, *_: object) -> float:
     """Sharpness of the frames after the first against the first, in [0, 1]; noise counts against it as blur does."""
     ratio = (sharpness(frames[1::4] if len(frames) > 4 else frames) + 1e-6) / (sharpness(frames[:1]) + 1e-6)
     return min(ratio, 1 / ratio)
@@ -145,3 +154,7 @@ def _sharpness_part(frames: np.ndarray, second: int) -> float:
     """Half of the sharpness lost or gained; the camera's own motion changes it too."""
     ratio = (sharpness(frames[-second:]) + 1e-6) / (sharpness(frames[:second]) + 1e-6)
     return 0.5 * (1 - min(ratio, 1 / ratio))
+
+
+# Each takes what `score` does.
+SCORES = {"follow": follow, "sharpness": relative_sharpness, "drift": drift}

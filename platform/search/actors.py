@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,10 +12,13 @@ import numpy as np
 import ray
 import torch
 
+from longtake.model.camera import Steering
 from longtake.model.pipeline import WorldPipeline
+from longtake.platform.evaluate.novelty import describe
 from longtake.platform.evaluate.scores import score
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.search.plan import Candidate
+from longtake.platform.search.tree import Tree
 from longtake.platform.store.video import encode_video
 
 _LATENTS_OF_LONG = 11  # five seconds
@@ -22,7 +26,7 @@ _LATENTS_OF_LONG = 11  # five seconds
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How an actor loads its part of the model. threads: of torch, on a CPU."""
+    """How an actor loads its part of the model. threads: of torch, on a CPU. steering, fov_deg: the camera of trees."""
 
     preset: str
     weights: str | None = None
@@ -30,6 +34,8 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32
     num_steps: int | None = None
     threads: int = 1
+    steering: Steering = Steering()
+    fov_deg: float = 75.0
 
     def load(self, *parts: str) -> WorldPipeline:
         torch.set_num_threads(self.threads)
@@ -38,10 +44,13 @@ class ModelSpec:
 
 @dataclass
 class Made:
-    """A rollout with its scores. latents: (C, T, h, w) float16. cost: of the rollout alone, see `_cost`."""
+    """A rollout with its scores. latents: (C, T, h, w) float16. descriptor: what its novelty is computed from. cost: of
+    the rollout alone, with what a leaf shares where it is the first to need it; see `_cost`.
+    """
 
     latents: np.ndarray
     scores: dict[str, float]
+    descriptor: str
     cost: dict[str, Any]
 
 
@@ -66,17 +75,29 @@ class Generator:
         """Loaded by the first call: Ray passes on what a method raised, but not the error of a constructor."""
         return self.model.load("text", "vae", "dit")
 
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree(self.pipeline, self.model.steering, self.model.fov_deg)
+
     def make(self, candidates: list[Candidate], latents: list[np.ndarray | None]) -> list[Made]:
-        """Roll out candidates of equal length together; those whose latents an earlier run left are only scored."""
+        """Roll out candidates together, of equal length or leaves of one tree. Where an earlier run left the latents of
+        all of them, they are only scored.
+        """
         pipeline, started = self.pipeline, time.monotonic()
-        todo = [candidate for candidate, known in zip(candidates, latents, strict=True) if known is None]
-        fresh = iter(self._rollouts(todo)) if todo else iter(())
-        seconds = (time.monotonic() - started) / max(1, len(todo))
-        cost = _cost(seconds, pipeline)
-        whole = [known if known is not None else next(fresh) for known in latents]
+        known = [each for each in latents if each is not None]
+        todo = len(known) < len(candidates)
+        if todo and candidates[0].branches:
+            leaves = self.tree.leaves(candidates)
+            cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
+            return [
+                self._made(each, _stored(leaf.latents[0]), leaf.frames, cost)
+                for each, leaf in zip(candidates, leaves, strict=True)
+            ]
+        made = self._rollouts(candidates) if todo else known
+        cost = _cost((time.monotonic() - started) / len(candidates), pipeline)
         return [
-            Made(stored, self._scores(candidate, stored), cost)
-            for candidate, stored in zip(candidates, whole, strict=True)
+            self._made(each, stored, self._decoded(each, stored), cost)
+            for each, stored in zip(candidates, made, strict=True)
         ]
 
     def _rollouts(self, candidates: list[Candidate]) -> list[np.ndarray]:
@@ -87,14 +108,22 @@ class Generator:
             [candidate.seed for candidate in candidates],
             self.model.num_steps,
         )
-        return [part.cpu().numpy().astype(np.float16) for part in latents]
+        return [_stored(part) for part in latents]
 
-    def _scores(self, candidate: Candidate, latents: np.ndarray) -> dict[str, float]:
-        """Of the one long video nothing depends on these scores, so only its beginning is decoded here."""
-        if candidate.purpose == "long":
-            latents = latents[:, :_LATENTS_OF_LONG]
-        frames = (latents.shape[1] - 1) * self.pipeline.config.vae_stride[0] + 1
-        return _score(candidate, _Sample(frames).of(self.pipeline.decode_chunks(_batch(latents, self.pipeline))))
+    def _decoded(self, candidate: Candidate, latents: np.ndarray) -> Iterable[np.ndarray]:
+        return self.pipeline.decode_chunks(_batch(latents[:, : _scored(candidate, latents)], self.pipeline))
+
+    def _made(
+        self, candidate: Candidate, latents: np.ndarray, chunks: Iterable[np.ndarray], cost: dict[str, Any]
+    ) -> Made:
+        frames = (_scored(candidate, latents) - 1) * self.pipeline.config.vae_stride[0] + 1
+        sample = _Sample(frames).of(chunks)
+        return Made(latents, _score(candidate, sample), describe(sample.frames()), cost)
+
+
+def _scored(candidate: Candidate, latents: np.ndarray) -> int:
+    """Latent frames of which the scores are. Nothing depends on those of the one long video: of it, the beginning's."""
+    return min(latents.shape[1], _LATENTS_OF_LONG) if candidate.purpose == "long" else latents.shape[1]
 
 
 class RefineWriter:
@@ -155,6 +184,10 @@ def _score(candidate: Candidate, sample: _Sample) -> dict[str, float]:
     trajectory = candidate.trajectory
     c2w, intrinsics = trajectory.c2w.numpy()[sample.indices], trajectory.intrinsics.numpy()[sample.indices]
     return score(sample.frames(), c2w, intrinsics, trajectory.fps, sample.indices)
+
+
+def _stored(latents: torch.Tensor) -> np.ndarray:
+    return latents.cpu().numpy().astype(np.float16)
 
 
 def _batch(latents: np.ndarray, pipeline: WorldPipeline) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ class StartImage:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One video to be: key is the same for the same inputs and weights, in every run and on every machine."""
+    """One video to be: key is the same for the same inputs and weights, in every run and on every machine.
+
+    branches: of a candidate that is a leaf of a tree, the actions at each of its levels, in whole chunks.
+    """
 
     key: str
     image: StartImage
@@ -37,6 +41,12 @@ class Candidate:
     trajectory_name: str
     seed: int
     purpose: str = "search"
+    branches: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> tuple[str, int] | None:
+        """Which tree it is a leaf of: of which image and seed."""
+        return (self.image.name, self.seed) if self.branches else None
 
     def described(self) -> dict[str, Any]:
         """What its record says of it, besides scores."""
@@ -50,12 +60,19 @@ class Candidate:
             "seed": self.seed,
             "fps": self.trajectory.fps,
             "num_frames": self.trajectory.num_frames,
+            "branches": list(self.branches),
             "licence": self.image.licence,
         }
 
 
 def make_candidate(
-    image: StartImage, name: str, trajectory: Trajectory, seed: int, model: str, purpose: str = "search"
+    image: StartImage,
+    name: str,
+    trajectory: Trajectory,
+    seed: int,
+    model: str,
+    purpose: str = "search",
+    branches: tuple[str, ...] = (),
 ) -> Candidate:
     """model: names the weights and the sampler, so that other weights give other candidates."""
     digest = hashlib.sha256()
@@ -68,23 +85,92 @@ def make_candidate(
     ):
         digest.update(hashlib.sha256(bytes(part)).digest())
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{image.name}_{name}").strip("-")[:60]
-    return Candidate(f"{words}_s{seed}_{digest.hexdigest()[:10]}", image, trajectory, name, seed, purpose)
+    key = f"{words}_s{seed}_{digest.hexdigest()[:10]}"
+    return Candidate(key, image, trajectory, name, seed, purpose, branches)
 
 
 def make_plan(
     images: Sequence[StartImage], trajectories: dict[str, Trajectory], seeds: Sequence[int], model: str
 ) -> list[Candidate]:
     """All candidates, image by image, so that the first image is finished early. ValueError when two are the same."""
-    candidates = [
+    return _unlike(
         make_candidate(image, name, trajectory, seed, model)
         for image in images
         for name, trajectory in trajectories.items()
         for seed in seeds
-    ]
-    keys = [candidate.key for candidate in candidates]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"two candidates are the same ({twice}): give each image, trajectory and seed once")
-    return candidates
+    )
+
+
+def make_tree(
+    images: Sequence[StartImage],
+    branches: Sequence[str],
+    depth: int,
+    walk: Callable[[str], Trajectory],
+    seeds: Sequence[int],
+    model: str,
+) -> list[Candidate]:
+    """All leaves of a tree for each image and seed, at each of whose `depth` levels the branches part. They are what
+    `make_plan` would make of the same actions in one piece, and leaves that begin alike follow each other. walk: the
+    trajectory of actions. ValueError when two leaves are the same.
+    """
+    paths = list(itertools.product(branches, repeat=depth))
+    walks = {path: walk(",".join(path)) for path in paths}
+    return _unlike(
+        make_candidate(image, ",".join(path), walks[path], seed, model, branches=path)
+        for image in images
+        for seed in seeds
+        for path in paths
+    )
+
+
+def _unlike(candidates: Iterable[Candidate]) -> list[Candidate]:
+    found = {}
+    for candidate in candidates:
+        if candidate.key in found:
+            raise ValueError(
+                f"two candidates are the same ({candidate.key}): give each image, trajectory and seed once"
+            )
+        found[candidate.key] = candidate
+    return list(found.values())
+
+
+def subtrees(candidates: Sequence[Candidate], batch_size: int) -> list[list[list[Candidate]]]:
+    """What one generator makes after another, as batches that are rolled out together.
+
+    A subtree is the leaves that begin with the same branch: with others they share the image alone. What is no leaf
+    shares nothing, so each batch of it stands for itself. Neither depends on what is finished: a candidate that is made
+    again has the same neighbours, whose number tells in the last bits.
+    """
+    found = []
+    for (tree, *_), group in itertools.groupby(candidates, key=lambda each: (each.root, each.branches[:-1][:1])):
+        alike = list(group)
+        batches = _leaf_batches(alike, batch_size) if tree else _batches(alike, batch_size)
+        found += [batches] if tree else [[batch] for batch in batches]
+    return found
+
+
+def _batches(candidates: Sequence[Candidate], batch_size: int) -> list[list[Candidate]]:
+    """Of one length each."""
+    found = []
+    for _, group in itertools.groupby(candidates, key=lambda each: each.trajectory.num_frames):
+        alike = list(group)
+        found += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    return found
+
+
+def _leaf_batches(leaves: Sequence[Candidate], batch_size: int) -> list[list[Candidate]]:
+    """All leaves behind one node each, as high up as `batch_size` holds, or some of those that part last.
+
+    A node that several batches need is then the only one that is made at its level, in whichever batch that happens.
+    """
+    branches, levels = len({leaf.branches[-1] for leaf in leaves}), 1
+    while branches > 1 and branches ** (levels + 1) <= min(batch_size, len(leaves)):
+        levels += 1
+    found = []
+    for _, group in itertools.groupby(leaves, key=lambda leaf: leaf.branches[:-levels]):
+        alike = list(group)
+        found += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    return found
 
 
 def image_files(given: Iterable[Path]) -> list[Path]:

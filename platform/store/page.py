@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from longtake.platform.store.files import write
-from longtake.platform.store.table import SCORES
+from longtake.platform.store.table import AFTER, RATINGS
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --path: #0a7cff; }
@@ -31,30 +31,37 @@ svg text { font-size: 9px; fill: currentColor; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; white-space: nowrap; }
 td.n, th.n { text-align: right; }
-tr.chosen { background: var(--soft); }
+tr.chosen, li.chosen { background: var(--soft); }
+ul { list-style: none; margin: 0; padding-left: 1.2rem; border-left: 1px solid var(--line); }
 """
 _EXPLAINED = (
     "follow: share of tracked points that move as the camera says (1 is best). sharpness: against the start image "
-    "(1 is best). drift: change of colour and sharpness from the first second to the last (0 is best)."
+    "(1 is best). drift: change of colour and sharpness from the first second to the last (0 is best). novelty: "
+    "distance from the other videos of the image. total: their weighted sum. Shaded rows are selected."
 )
 
 
-def write_page(table: Path) -> Path:
-    """Write index.html beside `table`; videos are linked relative to it. Needs no network and no script."""
+def write_page(table: Path, note: str = "") -> Path:
+    """Write index.html beside `table`; videos are linked relative to it. Needs no network and no script.
+
+    note: what else is to be said of the run, one line.
+    """
     rows = pq.read_table(table).to_pylist()
-    chosen = [row for row in rows if row["selected"]]
-    images = len({row["image"] for row in rows})
-    summary = f"{len(rows)} candidates from {images} images, {len(chosen)} refined"
+    chosen = [row for row in rows if row["video"]]
+    images, selected = len({row["image"] for row in rows}), sum(row["selected"] for row in rows)
+    summary = f"{len(rows)} candidates from {images} images, {selected} selected, {len(chosen)} refined"
     body = "\n".join(
         [
             "<h1>Search then refine</h1>",
             f"<p>{summary}. Poses, scores and provenance: <a href='{table.name}'>{table.name}</a>.</p>",
+            *([f"<p>{escape(note[:1].upper() + note[1:])}.</p>"] if note else []),
             "<main>",
             *(_card(row) for row in sorted(chosen, key=lambda row: row["purpose"] != "long")),
             "</main>",
             "<h2 style='margin-top:1.5rem'>All candidates</h2>",
             f"<p>{_EXPLAINED}</p>",
             _scores(rows),
+            *_trees(rows),
         ]
     )
     path = table.with_name("index.html")
@@ -71,7 +78,7 @@ def write_page(table: Path) -> Path:
 def _card(row: dict[str, Any]) -> str:
     c2w = np.asarray(row["c2w"], dtype=np.float64).reshape(-1, 4, 4)
     seconds = row["num_frames"] / row["fps"]
-    names = [name for name in SCORES if row[f"refined_{name}"] is not None]
+    names = [name for name in AFTER if row[f"refined_{name}"] is not None]
     scores = " ".join(f"{name} {row[f'refined_{name}']:.2f}" for name in names)
     return (
         f"<article class='{escape(row['purpose'])}'><video src='{escape(row['video'])}' controls muted loop "
@@ -107,11 +114,40 @@ def _drawn(c2w: np.ndarray, axes: tuple[int, int], label: str) -> str:
 
 def _scores(rows: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("image", "trajectory", "seed"))
-    head += "".join(f"<th class='n'>{name}</th>" for name in SCORES) + "<th>video</th>"
+    head += "".join(f"<th class='n'>{name}</th>" for name in RATINGS) + "<th>video</th>"
     lines = []
     for row in rows:
         cells = "".join(f"<td>{escape(str(row[name]))}</td>" for name in ("image", "trajectory", "seed"))
-        cells += "".join(f"<td class='n'>{row[name]:.3f}</td>" for name in SCORES)
-        link = f"<a href='{escape(row['video'])}'>refined</a>" if row["selected"] else ""
+        numbers = ("" if row[name] is None else f"{row[name]:.3f}" for name in RATINGS)
+        cells += "".join(f"<td class='n'>{number}</td>" for number in numbers)
+        link = f"<a href='{escape(row['video'])}'>refined</a>" if row["video"] else ""
         lines.append(f"<tr{' class=chosen' if row['selected'] else ''}>{cells}<td>{link}</td></tr>")
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _trees(rows: list[dict[str, Any]]) -> list[str]:
+    """A tree for each image and seed that has one, with the best total behind each of its nodes."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["branches"]:
+            found.setdefault(f"{row['image']}, seed {row['seed']}", []).append(row)
+    return [
+        f"<h2 style='margin-top:1.5rem'>Tree of {escape(name)}</h2>\n"
+        f"<p>Each branch with the best total behind it.</p>{_level(leaves, 0)}"
+        for name, leaves in found.items()
+    ]
+
+
+def _level(leaves: list[dict[str, Any]], level: int) -> str:
+    behind: dict[str, list[dict[str, Any]]] = {}
+    for row in leaves:
+        behind.setdefault(row["branches"][level], []).append(row)
+    items = []
+    for branch, rows in behind.items():
+        last = level + 1 == len(rows[0]["branches"])
+        text = f"{escape(branch)} <b>{max(row['total'] for row in rows):.3f}</b>"
+        if last and rows[0]["video"]:
+            text += f" <a href='{escape(rows[0]['video'])}'>refined</a>"
+        chosen = " class=chosen" if last and rows[0]["selected"] else ""
+        items.append(f"<li{chosen}>{text}{'' if last else _level(rows, level + 1)}</li>")
+    return f"<ul>{''.join(items)}</ul>"

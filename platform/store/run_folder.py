@@ -1,10 +1,12 @@
 """The folder of one search. Each file is written once, whole, by the driver; what exists is not made again.
 
 rollouts/KEY.npz    stage-1 latents (float16), c2w, intrinsics
-records/KEY.json    the candidate and its scores: stage 1 is finished
+records/KEY.json    the candidate, its scores and its cost: stage 1 is finished
+selection.json      which of them are refined, from their scores alone
 refined/KEY.mp4     the refined video
 refined/KEY.json    what is known of it: stage 2 is finished
 clips/              the refined videos with their poses, as a ClipStore that the training jobs read
+dataset/            the selected videos in a form that others read, where it was asked for
 results.parquet, index.html    made from the above, replaced as it grows
 """
 
@@ -78,8 +80,20 @@ class RunFolder:
         """The candidate and its scores, None until stage 1 is finished."""
         return _read(self._folders["records"] / f"{key}.json")
 
+    def seconds_spent(self) -> float:
+        """Of device time on all candidates that are rolled out; the long video is none."""
+        records = (self.record(key) for key in self.finished())
+        return sum(record["cost"]["seconds"] for record in records if record and record["purpose"] == "search")
+
     def write_record(self, key: str, record: Record) -> None:
         write(self._folders["records"] / f"{key}.json", json.dumps(record, indent=1))
+
+    def selection(self) -> Record | None:
+        """What was ranked and selected of each image, None until something was."""
+        return _read(self.path / "selection.json")
+
+    def write_selection(self, selection: Record) -> None:
+        write(self.path / "selection.json", json.dumps(selection, indent=1))
 
     def refined(self, key: str) -> Record | None:
         """What is known of the refined video, None until stage 2 is finished."""

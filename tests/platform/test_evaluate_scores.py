@@ -109,7 +109,7 @@ def test_fading_colours_are_drift(videos):
 def test_the_total_prefers_the_video_that_keeps_to_its_camera(videos, walks):
     walk = walks["d-32"]
     right, wrong = (
-        scores.score(videos[text], walk.c2w.numpy(), walk.intrinsics.numpy(), walk.fps)["total"]
+        scores.total(scores.score(videos[text], walk.c2w.numpy(), walk.intrinsics.numpy(), walk.fps))
         for text in ("d-32", "a-32")
     )
     assert 0 <= wrong < right <= 1

@@ -96,6 +96,52 @@ def test_killed_at_any_moment_it_continues_and_makes_nothing_twice(ray_cluster, 
     }
 
 
+def files_of(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_steps_on_their_own_make_what_they_make_together(ray_cluster, command, tmp_path, capsys):
+    command = [*command, "--long", "0"]
+    apart, together = [*command, "--out", str(tmp_path / "apart")], [*command, "--out", str(tmp_path / "together")]
+    with pytest.raises(ValueError, match="no rollouts of these candidates: run --step search first"):
+        search_refine.main([*apart, "--step", "select"])
+    with pytest.raises(ValueError, match="no selection: run --step select first"):
+        search_refine.main([*apart, "--step", "refine"])
+    search_refine.main([*apart, "--step", "search"])
+    out = tmp_path / "apart"
+    assert len(list(out.glob("records/*.json"))) == 4 and not (out / "selection.json").exists()
+    assert list(out.glob("refined/*")) == []
+
+    rollouts = files_of(out / "rollouts")
+    search_refine.main([*apart, "--step", "select", "--top-k", "2", "--score", "drift=-1"])
+    assert "selection: 4 of 4 scored candidates" in capsys.readouterr().out
+    search_refine.main([*apart, "--step", "select"])
+    selection = (out / "selection.json").read_bytes()
+    search_refine.main([*apart, "--step", "refine", "--top-k", "2"])  # what was selected, not what would be now
+    assert (out / "selection.json").read_bytes() == selection and files_of(out / "rollouts") == rollouts
+    assert len(list(out.glob("refined/*.mp4"))) == 2
+    with pytest.raises(ValueError, match="was selected from other candidates"):
+        search_refine.main([*apart, "--step", "refine", "--seed", "7"])
+
+    search_refine.main(together)
+    for name in ("selection.json", "results.parquet"):
+        assert (out / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
+
+
+def test_when_the_budget_is_spent_no_rollout_begins_and_the_best_so_far_are_refined(
+    ray_cluster, command, tmp_path, capsys
+):
+    command = [*command, "--budget", "0.001"]
+    search_refine.main(command)
+    out = tmp_path / "out"
+    assert len(list((out / "records").glob("*.json"))) == 1 and len(list((out / "refined").glob("*.mp4"))) == 1
+    assert "3 candidates were not rolled out" in capsys.readouterr().out
+    assert "3 candidates were not rolled out" in (out / "index.html").read_text()
+    before = files_of(out)
+    search_refine.main(command)
+    assert files_of(out) == before and "0 videos made or refined" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_the_plan_and_touches_nothing(command, tmp_path, capsys):
     search_refine.main([*command, "--dry-run", "--seeds", "3"])
     plan = json.loads(capsys.readouterr().out)
@@ -124,6 +170,8 @@ def refusal(arguments: list[str], capsys) -> str:
         (["--images", "missing.png"], "missing.png"),
         (["--images", __file__], "cannot be read as an image"),
         (["--trajectory", "missing.npy"], "missing.npy"),
+        (["--score", "sharpnes=1"], "did you mean 'sharpness'"),
+        (["--budget", "0"], "--budget must be more than 0 seconds"),
         (["--top-k", "0"], "--top-k must be at least 1"),
         (["--out", __file__], "is a file"),
     ],
