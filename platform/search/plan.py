@@ -219,7 +219,7 @@ def long_actions(seconds: float, fps: float, key_map: str, stride: int, seed: in
 def fingerprint(folder: Path) -> str:
     """Names the weights in `folder` without reading all of them: file names, sizes, and both ends of each file."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(file for part in folder.iterdir() for file in part.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
         with path.open("rb") as file:
