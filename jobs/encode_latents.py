@@ -1,6 +1,6 @@
 """Encode clips into latents with a trained autoencoder, in parallel; run it again to resume.
 
-Captions of a preset with a frozen text encoder become its features here, once.
+Captions of a preset with a frozen text encoder become its features here, once, and its refiner's.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ def encode(
     encoding = {"preset": config.name, "frames": frames, "vae": weights.digest(Path(folder) / "vae")}
     if config.text.frozen:
         encoding["text"] = weights.digest(Path(folder) / "text_encoder")
+        own = Path(folder) / weights.REFINER_TEXT
+        if config.refiner_reads_own_text and own.is_dir():
+            encoding["refiner_text"] = [weights.digest(own / part) for part in ("text_encoder", "connectors")]
     made = LatentStore(latents)
     made.claim(encoding)
     arguments = config, clips, latents, folder, frames, batch

@@ -436,7 +436,7 @@ def _build(part: str, config: WorldModelConfig, folder: Path | None = None) -> n
     if part == "text":
         return build_text_encoder(config, None if folder is None else str(folder))
     if part == "refiner_text" and folder is not None:
-        return RefinerTextEncoder(folder / "refiner_text")
+        return RefinerTextEncoder(folder / weights.REFINER_TEXT)
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
     return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)

@@ -25,6 +25,7 @@ from longtake.model.config import RefinerConfig, SamplerConfig, TextConfig, Worl
 
 FOLDERS = {"text": "text_encoder", "vae": "vae", "dit": "transformer", "refiner": "refiner"}
 ADAPTERS = "refiner_lora"
+REFINER_TEXT = "refiner_text"
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 
 

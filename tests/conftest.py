@@ -119,6 +119,45 @@ def sana_video_of() -> Callable:
 
 
 @pytest.fixture(scope="session")
+def small_refiner_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Gemma-3 and LTX-2's connectors, random weights that know a few words and make 32 numbers of each."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("refiner_text")
+    torch.manual_seed(0)
+    words = ["<pad>", "<bos>", "<unk>", "a", "hall", "of", "stone", "yard"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    named: dict[str, Any] = dict(pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder / "tokenizer")
+    text: dict[str, Any] = dict(
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    vision: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    LTX2TextConnectors(
+        caption_channels=32,
+        text_proj_in_factor=3,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=16,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=8,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=8,
+        rope_type="split",
+    ).save_pretrained(folder / "connectors")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server on this machine, which the AWS_* variables point to meanwhile."""
     from moto.server import ThreadedMotoServer

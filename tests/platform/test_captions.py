@@ -17,6 +17,7 @@ from longtake.model.config import TextConfig
 from longtake.model.objectives import Draws, build_objective
 from longtake.model.text import build_text_encoder
 from longtake.model.vae import build_vae
+from longtake.platform.data import captions
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.store import ClipStore
@@ -90,13 +91,34 @@ def test_a_world_model_trains_on_them(config, latents):
     assert objective.world_model.y_embedder.y_proj.fc1.weight.grad.abs().max() > 0
 
 
+def test_a_refiner_that_reads_captions_its_own_way_finds_their_features(
+    config, folder, latents, small_refiner_text, tmp_path, monkeypatch
+):
+    """Of width 32 as stage 1's, but through Gemma-3: told apart by the configuration alone."""
+    own = dataclasses.replace(config, refiner=dataclasses.replace(config.refiner, text_dim=32), text_dim=31)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / part).symlink_to(folder / part)
+    (tmp_path / "refiner_text").symlink_to(small_refiner_text)
+    monkeypatch.setattr(captions.RefinerTextEncoder.__init__, "__defaults__", (16, torch.float32))
+    encoder = captions.CaptionEncoder(own, tmp_path, torch.device("cpu"))
+    made = list(encoder(LatentStore(latents).clips()))
+    expected, mask = captions.RefinerTextEncoder(small_refiner_text).encode([clip.caption for clip in made])
+    assert mask.all()
+    for clip, features in zip(made, expected, strict=True):
+        assert clip.text is not None and clip.refiner_text is not None
+        np.testing.assert_allclose(clip.refiner_text.astype(np.float32), features.numpy(), rtol=1e-2, atol=1e-2)
+    captions.check_encoder(tmp_path)
+    (tmp_path / "refiner_text").unlink()
+    (tmp_path / "refiner_text").mkdir()
+    with pytest.raises(ValueError, match="Gemma-3"):
+        captions.check_encoder(tmp_path)
+
+
 def test_latents_without_features_and_folders_without_gemma_are_refused(config, latents, folder, tmp_path):
     clips = [dataclasses.replace(clip, text=None) for clip in LatentStore(latents).clips()]
     LatentStore(str(tmp_path / "bare")).write_shard("a", clips)
     with pytest.raises(ValueError, match="encode it again"):
         open_source(STAGE, config, str(tmp_path / "bare"))
-    from longtake.platform.data.captions import check_encoder
-
-    check_encoder(folder)
+    captions.check_encoder(folder)
     with pytest.raises(ValueError, match="Gemma-2, give its folder"):
-        check_encoder(tmp_path)
+        captions.check_encoder(tmp_path)
