@@ -44,7 +44,7 @@ def kill_actors():
     raylets = [process for process in found if "raylet/raylet" in str(process.info["cmdline"])]
     for raylet in raylets:
         for process in raylet.children() if session in str(raylet.info["cmdline"]) else ():
-            if str(process.cmdline()).startswith(("['ray::Generator", "['ray::RefineWriter")):
+            if process.name().startswith(("ray::Generat", "ray::RefineW")):
                 process.kill()
 def counted(source, target):
     global writes
