@@ -23,7 +23,7 @@ from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.store.video import read_video
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.timeout(900)]  # three stages, each a job of its own
 
 
 def free_port() -> int:

@@ -34,7 +34,7 @@ SPLIT = ["--actions", "w-24", "--actions", "dw-24"]
 KILLS = int(os.environ.get("LONGTAKE_TEST_KILLS", "2"))  # of the driver; each is a run of its own
 # A driver that, as it is about to put a file in its place, kills its actors, and later them and itself.
 KILL = """
-import os, signal, sys
+import contextlib, os, signal, sys
 import psutil, ray
 from longtake.jobs import search_refine
 moments, writes, replace = [int(word) for word in sys.argv[1:3]], 0, os.replace
@@ -44,8 +44,9 @@ def kill_actors():
     raylets = [process for process in found if "raylet/raylet" in str(process.info["cmdline"])]
     for raylet in raylets:
         for process in raylet.children() if session in str(raylet.info["cmdline"]) else ():
-            if process.name().startswith(("ray::Generat", "ray::RefineW")):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                if process.name().startswith(("ray::Generat", "ray::RefineW")):
+                    process.kill()
 def counted(source, target):
     global writes
     writes += 1
