@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from longtake.model.pipeline import Residency, WorldPipeline
 from longtake.model.video import make_video
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
+from longtake.platform.observe.timing import now
 
 _MODES = ("streaming", "bidirectional", "blocks")
 _GPUS = 8  # of the published videos an hour
@@ -88,20 +88,19 @@ class Bench:
 
     def streaming(self) -> dict[str, float]:
         """A video of --seconds after a shorter one that fills the windows, and so compiles and chooses."""
-        modules = self.pipeline("vae", "dit", "refiner").modules
+        pipeline = self.pipeline("vae", "dit", "refiner")
+        texts = {name: pipeline.part(name) for name in pipeline.modules if "text" in name}
 
         def run(seconds: float) -> tuple[float, float]:
             """Seconds until the first frames, and until the last."""
-            pipeline = WorldPipeline(self.config, dict(modules), self.device)
-            pipeline.__dict__["replay"] = replay
-            begin, first = self._now(), None
+            pipeline.modules |= texts  # which the video before gave up
+            begin, first = now(self.device), None
             for _ in make_video(pipeline, self.image, "", self.path(seconds)):
-                first = first or self._now() - begin
-            return first or 0.0, self._now() - begin
+                first = first or now(self.device) - begin
+            return first or 0.0, now(self.device) - begin
 
-        replay = WorldPipeline(self.config, dict(modules), self.device).replay
         run(min(self.args.seconds, 9.0))
-        self._forget_peak()
+        measurements.forget_peak()
         first, seconds = run(self.args.seconds)
         length = self.path(self.args.seconds).duration
         return {"streaming_x_realtime": length / seconds, "first_frames_s": first, "peak_gb": self._peak()}
@@ -115,7 +114,7 @@ class Bench:
         text, own = pipeline.encode_text([""]), pipeline.encode_refiner_text([""])
         start = pipeline.encode_image(self.image)
         negative = pipeline.encode_text([""], negative=True)
-        self._forget_peak()
+        measurements.forget_peak()
 
         def denoise(count: int) -> Tensor:
             return pipeline.rollout(start, *text, camera, [0], count, negative=negative)
@@ -142,23 +141,14 @@ class Bench:
         latents = torch.randn(1, self.config.latent_channels, frames, *self.config.latent_size, device=self.device)
         own = pipeline.encode_refiner_text([""])
         pipeline.refine(latents[:, :, :4], *own, [0])
-        self._forget_peak()
+        measurements.forget_peak()
         _, seconds = self._timed(lambda: pipeline.refine(latents, *own, [0]))
         return {"block_residency_block_s": seconds / 2, "block_residency_peak_gb": self._peak()}
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
-        begin = self._now()
+        begin = now(self.device)
         made = work()
-        return made, self._now() - begin
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _forget_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        return made, now(self.device) - begin
 
     def _peak(self) -> float:
         return measurements.peak_memory() / 1e9

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from longtake.model.refiner.parity import Pair, relative_error
 from longtake.model.refiner.refiner import SINK, block_sizes
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
-from longtake.platform.observe.timing import milliseconds
+from longtake.platform.observe.timing import milliseconds, now
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,15 +90,10 @@ def _full_window(pair: Pair, device: torch.device) -> float:
 
 def _timed(work: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float, float]:
     """What it makes, in how many seconds, and the most memory that was held, in 1e9 bytes."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
+    measurements.forget_peak()
+    begin = now(device)
     made = work()
-    if cuda:
-        torch.cuda.synchronize()
-    return made, time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return made, now(device) - begin, measurements.peak_memory() / 1e9
 
 
 def _parser() -> argparse.ArgumentParser:

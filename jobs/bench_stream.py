@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -28,6 +27,7 @@ from longtake.model.stream import ChunkStream
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
+from longtake.platform.observe.timing import now
 from longtake.platform.train import stages
 from longtake.platform.train.run import configured
 
@@ -103,18 +103,18 @@ class Streams:
 
     def timed(self, chunks: Iterator[ChunkStream]) -> Iterator[tuple[ChunkStream, float]]:
         """After each chunk, the milliseconds it took."""
-        begin = self._now()
+        begin = now(self.device)
         for stream in chunks:
-            yield stream, 1e3 * (self._now() - begin)
-            begin = self._now()
+            yield stream, 1e3 * (now(self.device) - begin)
+            begin = now(self.device)
 
     def measure(self, minutes: int, chunks_a_minute: int, sessions: int) -> dict[str, float]:
         # The first chunk with all that is compiled and captured, and the others that are unlike later ones.
         first, *_ = [milliseconds for _, milliseconds in self.timed(self.run(_UNTIL_STEADY))]
-        begin = self._now()
+        begin = now(self.device)
         for _ in self.run(chunks_a_minute):
             pass
-        minute = self._now() - begin
+        minute = now(self.device) - begin
         times, peaks, stream = [], [], self.stream()
         with Progress(minutes * chunks_a_minute, "chunks", "stream") as progress:
             for stream, milliseconds in self.timed(self.run(minutes * chunks_a_minute)):  # noqa: B007  # used later
@@ -147,14 +147,9 @@ class Streams:
         begin = 0.0
         for number in range(1 + count):
             if number < 2:
-                begin = self._now()
+                begin = now(self.device)
             self.chunk([stream] * size, camera)
-        return 1e3 * (self._now() - begin)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return 1e3 * (now(self.device) - begin)
 
 
 def _parser() -> argparse.ArgumentParser:

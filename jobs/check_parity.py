@@ -18,6 +18,8 @@ from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
 
+_ALL: tuple[Case | RefinerCase, ...] = (*CASES, *REFINER_CASES)
+
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
@@ -43,9 +45,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     if args.write and len(cases) == len(_ALL):
         print(f"figures: {measurements.write('parity', figures)}")
-
-
-_ALL: tuple[Case | RefinerCase, ...] = (*CASES, *REFINER_CASES)
 
 
 def chosen(names: list[str] | None) -> list[Case | RefinerCase]:

@@ -26,7 +26,7 @@ from longtake.model.vae import build_vae, encode_frames
 from longtake.platform.data.captions import CaptionEncoder, check_encoder
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.latents import EncodedClip, LatentStore
-from longtake.platform.data.shards import make_shards
+from longtake.platform.data.shards import actor_device, make_shards
 from longtake.platform.data.store import SCHEMA, ClipStore, decode_clip
 from longtake.platform.observe.job import run_job
 from longtake.platform.train.rows import index_rows, open_with
@@ -101,9 +101,7 @@ class ShardEncoder:
         self.clips, self.latents, self.folder = ClipStore(clips), LatentStore(latents), Path(folder)
         self._vae: Any = None
         self._captions: CaptionEncoder | None = None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
+        self.device = actor_device()
 
     @property
     def vae(self) -> Any:

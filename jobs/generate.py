@@ -13,15 +13,17 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from longtake.model import presets, weights
-from longtake.model.camera import KEY_MAPS, Trajectory, intrinsics_from_fov, parse_actions, repeated_actions
+from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions, repeated_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder, parts_of
 from longtake.model.video import make_video
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.observe.progress import Progress
+from longtake.platform.search.plan import load_images, read_trajectory
 from longtake.platform.store.files import refuse_url
 from longtake.platform.store.video import write_video
 
@@ -38,12 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     refuse_url("--out", args.out)
     if args.out.suffix != ".mp4":
         raise ValueError(f"--out {args.out} must end in .mp4")
-    pixels = WorldPipeline(config, {}).prepare_image(args.image)  # refuses what is no image
-    beside = args.image.with_suffix(".txt")
-    prompt = args.prompt if args.prompt is not None else beside.read_text().strip() if beside.is_file() else ""
+    image, *others = load_images([args.image], WorldPipeline(config, {}).prepare_image, args.prompt)
+    if others:
+        raise ValueError(f"--image {args.image} is a folder of several images: give one")
     if args.dry_run:
         about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        about |= {"prompt": prompt, "frames": trajectory.num_frames, "actions": trajectory.actions}
+        about |= {"prompt": image.caption, "frames": trajectory.num_frames, "actions": trajectory.actions}
         print(json.dumps({"options": about, "config": dataclasses.asdict(config)}, indent=2))
         return
     parts = [part for part in parts_of(config) if args.refine or not part.startswith("refiner")]
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     with _Stages() as stages:
         options = (args.seed, args.num_steps, args.negative_prompt, args.refine, stages.told)
-        frames = make_video(pipeline, pixels, prompt, trajectory, *options)
+        frames = make_video(pipeline, image.pixels, image.caption, trajectory, *options)
         write_video(
             args.out, frames, trajectory.fps, playable=lambda path: print(f"can be watched: {path}", flush=True)
         )
@@ -98,11 +100,7 @@ def trajectory_of(args: argparse.Namespace, config: WorldModelConfig) -> Traject
         text = repeated_actions(args.actions, frames)
         path = parse_actions(text, args.key_map, fps, **speeds, fov_deg=args.fov, image_size=config.image_size)
     else:
-        if args.trajectory.suffix == ".npz":
-            path = Trajectory.load(args.trajectory).resized(config.image_size)
-        else:
-            pinhole = intrinsics_from_fov(args.fov, config.image_size)
-            path = Trajectory.from_npy(args.trajectory, pinhole, config.image_size, fps)
+        path = read_trajectory(args.trajectory, config.image_size, fps, args.fov)
         wanted = path.num_frames - 1 if args.seconds is None else min(path.num_frames - 1, round(args.seconds * fps))
         if (frames := wanted // stride * stride) < stride:
             raise ValueError(f"{args.trajectory} has {path.num_frames} poses: give at least {stride + 1}")
@@ -118,8 +116,6 @@ def trajectory_of(args: argparse.Namespace, config: WorldModelConfig) -> Traject
 
 def _pinhole(args: argparse.Namespace, config: WorldModelConfig) -> torch.Tensor:
     """--intrinsics, of the image as it is, for the image as the model sees it."""
-    from PIL import Image
-
     with Image.open(args.image) as image:
         size = image.height, image.width
     given = Trajectory(torch.eye(4)[None], torch.tensor([args.intrinsics]), size, config.fps)

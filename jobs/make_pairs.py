@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from longtake.model import presets, weights
-from longtake.model.pipeline import check_folder
 from longtake.platform.data.latents import LatentStore
 from longtake.platform.distill.pairs import Coarse, make_pairs
+from longtake.platform.distill.trajectories import find_stage1
 from longtake.platform.observe.job import run_job
-from longtake.platform.train.run import find_parts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,9 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--synthetic {args.synthetic} is a share: it must be from 0 to 1")
     config, folder = preset, ""
     if args.synthetic < 1:
-        found = weights.resolve(preset, None) if args.weights is None else Path(find_parts([args.weights])["dit"])
-        config, folder = weights.config_for(preset, found), str(found.resolve())
-        check_folder(config, found, ["dit"] if config.text.frozen else ["dit", "text"])
+        found = find_stage1(preset, args.weights)
+        config, folder = weights.config_for(preset, found), str(found)
     if args.dry_run:
         print(json.dumps(vars(args) | {"weights": folder}, indent=2))
         return

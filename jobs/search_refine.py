@@ -20,7 +20,7 @@ import torch
 
 import longtake
 from longtake.model import presets, weights
-from longtake.model.camera import KEY_MAPS, Steering, Trajectory, intrinsics_from_fov, parse_actions
+from longtake.model.camera import KEY_MAPS, Steering, Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
@@ -36,6 +36,7 @@ from longtake.platform.search.plan import (
     make_candidate,
     make_plan,
     make_tree,
+    read_trajectory,
 )
 from longtake.platform.search.run import STEPS, Search
 from longtake.platform.search.selection import NAMES, Rule, parse_weights
@@ -179,11 +180,7 @@ def trajectories_of(args: argparse.Namespace, config: WorldModelConfig) -> dict[
     given = args.actions or ([] if args.trajectory else list(ACTIONS))
     found = {text: walk(args, config, text) for text in given}
     for path in args.trajectory or ():
-        if path.suffix == ".npz":
-            found[path.stem] = Trajectory.load(path).resized(config.image_size)
-        else:
-            intrinsics = intrinsics_from_fov(args.fov, config.image_size)
-            found[path.stem] = Trajectory.from_npy(path, intrinsics, config.image_size, config.fps)
+        found[path.stem] = read_trajectory(path, config.image_size, config.fps, args.fov)
     if args.long_actions:
         check_length("--long-actions", walk(args, config, args.long_actions), config)
     for name, trajectory in found.items():

@@ -30,7 +30,7 @@ from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
 from longtake.model.text import build_text_encoder
-from longtake.model.vae import build_vae, decode_latents, decode_more, encode_frames
+from longtake.model.vae import build_vae, decode_latents, decode_parts, encode_frames
 
 PARTS = ("text", "vae", "dit", "refiner")
 Residency = Literal["all", "stages", "blocks"]
@@ -395,9 +395,7 @@ class WorldPipeline:
         """The frames of one clip whose latents come in parts (1, C, t, h, w), uint8 (f, H, W, 3) each. ValueError for a
         decoder that sees later frames.
         """
-        past = None
-        for part in parts:
-            frames, past = decode_more(self.part("vae"), part, past)  # type: ignore[arg-type]
+        for frames in decode_parts(self.part("vae"), parts):  # type: ignore[arg-type]
             yield frames[0].cpu().numpy()
 
 

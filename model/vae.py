@@ -7,7 +7,7 @@ uint8 (B, F, H, W, 3); F = 8 k + 1 frames give k + 1 latent frames, the first of
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -114,9 +114,16 @@ def decode_latents(vae: AutoencoderKLLTX2Video, latents: Tensor, chunk: int = 8)
     if not vae.config["decoder_causal"]:
         yield to_uint8(vae.decode(denormalise(vae, latents).to(vae.dtype), return_dict=False)[0])
         return
+    yield from decode_parts(vae, latents.split(chunk, dim=2))
+
+
+def decode_parts(vae: AutoencoderKLLTX2Video, parts: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+    """As `decode_latents`, of latents that come in parts (B, C, t, h, w). ValueError for a decoder that is not
+    causal.
+    """
     past = None
-    for piece in latents.split(chunk, dim=2):
-        frames, past = decode_more(vae, piece, past)
+    for part in parts:
+        frames, past = decode_more(vae, part, past)
         yield frames
 
 

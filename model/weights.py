@@ -77,6 +77,16 @@ def digest(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def stage1_parts(config: WorldModelConfig) -> tuple[str, ...]:
+    """Those trained together as a world model: it, and its text encoder where that is not a frozen one."""
+    return ("dit",) if config.text.frozen else ("dit", "text")
+
+
+def stage1_digests(config: WorldModelConfig, folder: Path) -> list[str]:
+    """Of each of `stage1_parts` in a weights folder."""
+    return [digest(folder / FOLDERS[part]) for part in stage1_parts(config)]
+
+
 def save_config(config: WorldModelConfig, folder: Path) -> None:
     """Write `folder/config.json`."""
     folder.mkdir(parents=True, exist_ok=True)

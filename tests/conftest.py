@@ -119,19 +119,27 @@ def sana_video_of() -> Callable:
 
 
 @pytest.fixture(scope="session")
-def small_refiner_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of Gemma-3 and LTX-2's connectors, random weights that know a few words and make 32 numbers of each."""
-    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+def few_words() -> Any:
+    """A tokenizer that knows eight words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("refiner_text")
-    torch.manual_seed(0)
     words = ["<pad>", "<bos>", "<unk>", "a", "hall", "of", "stone", "yard"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     named: dict[str, Any] = dict(pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder / "tokenizer")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+
+@pytest.fixture(scope="session")
+def small_refiner_text(few_words: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Gemma-3 and LTX-2's connectors, random weights that know a few words and make 32 numbers of each."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("refiner_text")
+    torch.manual_seed(0)
+    few_words.save_pretrained(folder / "tokenizer")
     text: dict[str, Any] = dict(
         vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -67,13 +67,8 @@ class Objective(nn.Module, ABC):
             self.load(parts["dit"])
 
 
-def build_objective(
-    kind: str, config: WorldModelConfig, options: dict | None = None, init: Path | None = None
-) -> Objective:
-    """The objective called `kind` (a module of this folder) on the CPU, from the weights in `init` when given."""
+def build_objective(kind: str, config: WorldModelConfig, options: dict | None = None) -> Objective:
+    """The objective called `kind` (a module of this folder) on the CPU, random; `load` and `start` give it weights."""
     # Imported by name: each brings along seconds of imports that the others have no use for.
     module = importlib.import_module(f"longtake.model.objectives.{kind}")
-    objective: Objective = module.OBJECTIVE(config, **(options or {}))
-    if init is not None:
-        objective.load(Path(init))
-    return objective
+    return module.OBJECTIVE(config, **(options or {}))

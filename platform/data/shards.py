@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
-from longtake.platform.data.latents import LatentStore
+import numpy as np
+import torch
+
+from longtake.platform.data.latents import EncodedClip, LatentStore
 from longtake.platform.observe.progress import Progress
 
 
@@ -40,3 +46,41 @@ def make_shards(
         for row in rows.iter_rows():
             clips += int(row["clips"])
             progress.update(1, clips=clips)
+
+
+def encoded_shards(uri: str) -> list[str]:
+    """Of a store of latents. ValueError when there are none."""
+    if names := LatentStore(uri).shards():
+        return names
+    raise ValueError(f"no encoded clips in {uri}: make some with `longtake encode-latents --latents {uri}`")
+
+
+def actor_device() -> torch.device:
+    """Where an actor computes; on CPUs with all threads, of which Ray allows one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    torch.set_num_threads(os.cpu_count() or 1)
+    return torch.device("cpu")
+
+
+class ClipMaker(ABC):
+    """An actor that turns a shard of encoded clips into one of others, `batch` clips at a time."""
+
+    def __init__(self, source: str, made: str, batch: int) -> None:
+        self.source, self.made, self.batch = LatentStore(source), LatentStore(made), batch
+        self.device = actor_device()
+
+    @abstractmethod
+    def make(self, clips: Sequence[EncodedClip]) -> Iterable[EncodedClip]:
+        """What becomes of some clips, each by itself."""
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        counts = []
+        for name in map(str, rows["shard"]):
+            clips = iter(self.source.read_shard(name))
+            made: list[EncodedClip] = []
+            while some := list(islice(clips, self.batch)):
+                made += self.make(some)
+            self.made.write_shard(name, made)
+            counts.append(len(made))
+        return {"shard": rows["shard"], "clips": np.array(counts)}

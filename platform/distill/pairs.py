@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from longtake.model.samplers.degrade import degraded
 from longtake.model.text import tokenize
 from longtake.platform.data.captions import stored_features
 from longtake.platform.data.latents import EncodedClip, LatentStore
-from longtake.platform.data.shards import make_shards
+from longtake.platform.data.shards import ClipMaker, encoded_shards, make_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +44,11 @@ def make_pairs(coarse: Coarse, latents: str, pairs: str, actors_per_gpu: int = 1
 
     ValueError where the store is empty, or pairs were made otherwise.
     """
-    source, made = LatentStore(latents), LatentStore(pairs)
-    shards = source.shards()
-    if not shards:
-        raise ValueError(f"no encoded clips in {latents}: make some with `longtake encode-latents --latents {latents}`")
-    parts = ("dit",) if coarse.config.text.frozen else ("dit", "text")
-    folder = Path(coarse.folder)
+    shards, made = encoded_shards(latents), LatentStore(pairs)
     made.claim(
         {
             # Without stage 1 its weights do not matter.
-            "stage1": [weights.digest(folder / weights.FOLDERS[part]) for part in parts if coarse.synthetic < 1],
+            "stage1": weights.stage1_digests(coarse.config, Path(coarse.folder)) if coarse.synthetic < 1 else [],
             "sigmas": list(coarse.sigmas),
             "num_steps": coarse.num_steps,
             "synthetic": coarse.synthetic,
@@ -65,15 +58,13 @@ def make_pairs(coarse: Coarse, latents: str, pairs: str, actors_per_gpu: int = 1
     make_shards(PairMaker, (coarse, latents, pairs), shards, made, actors_per_gpu, "pairs")
 
 
-class PairMaker:
+class PairMaker(ClipMaker):
     """An actor that holds stage 1 and turns a shard of clips into one of pairs."""
 
     def __init__(self, coarse: Coarse, latents: str, pairs: str) -> None:
-        self.coarse, self.latents, self.made = coarse, LatentStore(latents), LatentStore(pairs)
+        super().__init__(latents, pairs, coarse.batch)
+        self.coarse = coarse
         self._stage1: FlowObjective | None = None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
 
     @property
     def stage1(self) -> FlowObjective:
@@ -84,19 +75,8 @@ class PairMaker:
             self._stage1 = stage1.to(self.device)
         return self._stage1
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = []
-        for name in map(str, rows["shard"]):
-            clips = iter(self.latents.read_shard(name))
-            made: list[EncodedClip] = []
-            while some := list(islice(clips, self.coarse.batch)):
-                made += self._pairs(some)
-            self.made.write_shard(name, made)
-            counts.append(len(made))
-        return {"shard": rows["shard"], "clips": np.array(counts)}
-
     @torch.no_grad()
-    def _pairs(self, clips: Sequence[EncodedClip]) -> Iterator[EncodedClip]:
+    def make(self, clips: Sequence[EncodedClip]) -> Iterator[EncodedClip]:
         sigmas = self.coarse.sigmas
         draws = Draws(self.coarse.seed, [zlib.crc32(clip.key.encode()) for clip in clips], self.device)
         batch = self._batch(clips)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.data.captions import stored_features
 from longtake.platform.data.latents import EncodedClip, LatentStore
-from longtake.platform.data.shards import make_shards
+from longtake.platform.data.shards import ClipMaker, encoded_shards, make_shards
 from longtake.platform.train.run import find_parts
 
 
@@ -43,14 +41,10 @@ def make_trajectories(teacher: Teacher, starts: str, trajectories: str, actors_p
 
     ValueError where the store is empty, or was made otherwise.
     """
-    source, made = LatentStore(starts), LatentStore(trajectories)
-    shards = source.shards()
-    if not shards:
-        raise ValueError(f"no encoded clips in {starts}: make some with `longtake encode-latents --latents {starts}`")
-    parts = ("dit",) if teacher.config.text.frozen else ("dit", "text")
+    shards, made = encoded_shards(starts), LatentStore(trajectories)
     made.claim(
         {
-            "teacher": [weights.digest(Path(teacher.folder) / weights.FOLDERS[part]) for part in parts],
+            "teacher": weights.stage1_digests(teacher.config, Path(teacher.folder)),
             "timesteps": list(teacher.timesteps),
             "num_steps": teacher.num_steps,
             "seed": teacher.seed,
@@ -59,15 +53,13 @@ def make_trajectories(teacher: Teacher, starts: str, trajectories: str, actors_p
     make_shards(TrajectoryMaker, (teacher, starts, trajectories), shards, made, actors_per_gpu, "trajectories")
 
 
-class TrajectoryMaker:
+class TrajectoryMaker(ClipMaker):
     """An actor that holds the teacher and turns a shard of clips into one of trajectories."""
 
     def __init__(self, teacher: Teacher, starts: str, trajectories: str) -> None:
-        self.teacher, self.starts, self.made = teacher, LatentStore(starts), LatentStore(trajectories)
+        super().__init__(starts, trajectories, teacher.batch)
+        self.teacher = teacher
         self._pipeline: WorldPipeline | None = None
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray allows one
 
     @property
     def pipeline(self) -> WorldPipeline:
@@ -81,18 +73,7 @@ class TrajectoryMaker:
             self._pipeline = WorldPipeline.from_pretrained(config.name, folder, self.device, dtype, parts)
         return self._pipeline
 
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = []
-        for name in map(str, rows["shard"]):
-            clips = iter(self.starts.read_shard(name))
-            made: list[EncodedClip] = []
-            while some := list(islice(clips, self.teacher.batch)):
-                made += self._roll_out(some)
-            self.made.write_shard(name, made)
-            counts.append(len(made))
-        return {"shard": rows["shard"], "clips": np.array(counts)}
-
-    def _roll_out(self, clips: Sequence[EncodedClip]) -> Iterator[EncodedClip]:
+    def make(self, clips: Sequence[EncodedClip]) -> Iterator[EncodedClip]:
         pipeline, config = self.pipeline, self.teacher.config
         paths = (Trajectory(torch.tensor(clip.c2w), torch.tensor(clip.intrinsics)) for clip in clips)
         camera = CameraFeatures.cat([path.features(config.image_size, config.vae_stride) for path in paths])
@@ -121,9 +102,17 @@ def find_teacher(preset: WorldModelConfig, given: str | None) -> Path:
 
     ValueError where it is not whole, or sees no later chunks.
     """
+    folder = find_stage1(preset, given)
+    if weights.config_for(preset, folder).chunk_causal:
+        raise ValueError(f"{folder} sees no later chunk: a teacher is of a stage before, such as stage3_minute")
+    return folder
+
+
+def find_stage1(preset: WorldModelConfig, given: str | None) -> Path:
+    """The weights folder of a run's world model, or the one given, or the one shipped. ValueError where it is not
+    whole.
+    """
     folder = weights.resolve(preset, None) if given is None else Path(find_parts([given]).get("dit", given))
     config = weights.config_for(preset, folder)
-    if config.chunk_causal:
-        raise ValueError(f"{folder} sees no later chunk: a teacher is of a stage before, such as stage3_minute")
-    check_folder(config, folder, ["dit"] if config.text.frozen else ["dit", "text"])
+    check_folder(config, folder, weights.stage1_parts(config))
     return folder.resolve()

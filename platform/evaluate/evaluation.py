@@ -116,10 +116,11 @@ class Evaluation:
         some 0.17, of which all together do not.
         """
         found: dict[str, list[float]] = {}
-        ends: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        together: dict[str, float] = {}
         count = max(1, round(span * self.config.fps))
         with Progress(len(clips) * len(ways), label="long videos") as progress:
             for name, way in ways.items():
+                ends: list[tuple[np.ndarray, np.ndarray]] = []
                 for number, clip in enumerate(clips):
                     walk = dataclasses.replace(way, intrinsics=torch.from_numpy(clip.intrinsics[0].copy()))
                     begin = time.monotonic()
@@ -129,19 +130,17 @@ class Evaluation:
                         f"sharpness_drift_{name}_each": sharpness_drift(frames[:count], frames[-count:]),
                         f"color_drift_{name}_each": color_drift(frames[:count], frames[-count:]),
                     }
-                    ends.setdefault(name, []).append((frames[:count], frames[-count:]))
+                    ends.append((frames[:count].copy(), frames[-count:].copy()))  # and not the frames between
                     if torch.allclose(way.c2w[0], way.c2w[-1], atol=1e-3):
                         measured[f"return_psnr_db_{name}"] = psnr_db(frames[:1], frames[-1:])
                     for key, value in measured.items():
                         found.setdefault(key, []).append(value)
                     contact_sheet(self.out / f"long_{name}_{number:02}.png", {name: frames}, columns=12)
                     progress.update(1, **{key: value for key, value in measured.items() if "drift" in key})
-        figures = {key: float(np.mean(values)) for key, values in found.items()}
-        for name, pairs in ends.items():
-            first, last = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            figures[f"sharpness_drift_{name}"] = sharpness_drift(first, last)
-            figures[f"color_drift_{name}"] = color_drift(first, last)
-        return figures
+                first, last = (np.concatenate(part) for part in zip(*ends, strict=True))
+                together[f"sharpness_drift_{name}"] = sharpness_drift(first, last)
+                together[f"color_drift_{name}"] = color_drift(first, last)
+        return {key: float(np.mean(values)) for key, values in found.items()} | together
 
     @torch.no_grad()
     def _generate(

@@ -88,6 +88,12 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def forget_peak() -> None:
+    """Have `peak_memory` begin anew, of a GPU; of a process nothing does."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def device() -> str:
     """The accelerators, or the processor with the number of cores this process may use."""
     if torch.cuda.is_available():

@@ -25,12 +25,10 @@ def milliseconds(work: Callable[[], Any], device: torch.device, least_seconds: f
 
 
 def _sample(work: Callable[[], Any], calls: int, device: torch.device) -> float:
-    _wait(device)
-    begin = time.perf_counter()
+    begin = now(device)
     for _ in range(calls):
         work()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - begin) / calls
+    return 1e3 * (now(device) - begin) / calls
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -45,6 +43,8 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def _wait(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

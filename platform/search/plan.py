@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.model.camera import Trajectory, random_actions
+from longtake.model.camera import Trajectory, intrinsics_from_fov, random_actions
 
 ACTIONS = ("w-80", "s-80", "aw-80", "dw-80", "w-40,aw-40", "d-40,w-40")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -208,6 +208,13 @@ def load_images(
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def read_trajectory(path: Path, image_size: tuple[int, int], fps: float, fov_deg: float) -> Trajectory:
+    """A saved .npz, or poses c2w (F, 4, 4) as .npy, seen through a lens of `fov_deg`; for images of `image_size`."""
+    if path.suffix == ".npz":
+        return Trajectory.load(path).resized(image_size)
+    return Trajectory.from_npy(path, intrinsics_from_fov(fov_deg, image_size), image_size, fps)
 
 
 def long_actions(seconds: float, fps: float, key_map: str, stride: int, seed: int = 0) -> str:

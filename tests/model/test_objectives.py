@@ -127,7 +127,8 @@ def test_exported_latents_have_unit_scale(config, tmp_path):
     frames = torch.randint(0, 256, (4, 9, 64, 96, 3), dtype=torch.uint8)
     objective({"frames": frames}, draws(4))
     objective.export(tmp_path, torch.float32)
-    reloaded = build_objective("vae", config, init=tmp_path)
+    reloaded = build_objective("vae", config)
+    reloaded.load(tmp_path)
     assert isinstance(reloaded, VAEObjective)
     latents = encode_frames(reloaded.vae, frames)
     assert abs(latents.mean()) < 0.1 and 0.8 < latents.std() < 1.2

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2Model
 
 from longtake.jobs import encode_latents
 from longtake.model import weights
@@ -36,16 +35,12 @@ def config(small_config):
 
 
 @pytest.fixture(scope="module")
-def folder(config, tmp_path_factory):
+def folder(config, few_words, tmp_path_factory):
     """An autoencoder, and a Gemma-2 of random weights that knows a few words."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     weights.save_part(build_vae(config), folder, "vae", torch.float32)
-    words = ["<pad>", "<bos>", "<unk>", "a", "hall", "of", "stone", "yard"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    named: dict[str, Any] = dict(pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder / "tokenizer")
+    few_words.save_pretrained(folder / "tokenizer")
     sizes: dict[str, Any] = dict(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=8, pad_token_id=0
     )
@@ -78,7 +73,7 @@ def test_a_stage_reads_what_the_encoder_makes_of_captions(config, folder, latent
 
 
 def test_a_world_model_trains_on_them(config, latents):
-    objective: Any = build_objective("flow", config, {"caption_dropout": 0.0}, None)
+    objective: Any = build_objective("flow", config, {"caption_dropout": 0.0})
     assert not any(name.startswith("text.") for name in objective.state_dict())
     torch.nn.init.normal_(objective.world_model.final_layer.linear.weight, std=0.1)
     for block in objective.world_model.blocks:

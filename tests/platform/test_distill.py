@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file, save_file
 
 from longtake.jobs import make_trajectories, stage4_distill
@@ -24,7 +23,6 @@ from longtake.model.samplers.flow_euler import euler, schedule
 from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.train import feed, log, stages
-from longtake.platform.train.loop import train
 from longtake.platform.train.settings import Settings
 
 pytestmark = pytest.mark.cpu
@@ -62,7 +60,13 @@ def teacher(small_config: WorldModelConfig, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def runs(ray_cluster: str, small_config: WorldModelConfig, teacher: Path, tmp_path_factory: pytest.TempPathFactory):
+def runs(
+    ray_cluster: str,
+    fit_all: Callable,
+    small_config: WorldModelConfig,
+    teacher: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+):
     """Folder of finished runs, each named after what was special about it."""
     folder = tmp_path_factory.mktemp("runs")
     config = causal(small_config)
@@ -79,19 +83,17 @@ def runs(ray_cluster: str, small_config: WorldModelConfig, teacher: Path, tmp_pa
         init = {part: str(teacher) for part in ("dit", "text")}
         return Settings(chosen, config, ((store.uri, 1.0),), str(folder / name), init, workers)
 
-    def fit(each: list[Settings], workers: int) -> None:
-        for run in each:
-            run.folder.mkdir(parents=True, exist_ok=True)
-        TorchTrainer(
-            lambda config: [train(run) for run in config["runs"]],
-            train_loop_config={"runs": each},
-            scaling_config=ScalingConfig(num_workers=workers),
-            run_config=RunConfig(storage_path=str(folder / "ray")),
-        ).fit()
-
     resumed = [settings("resumed", steps=3, ema=0.5), settings("resumed", ema=0.5)]
-    fit([settings("ode", stage="stage4_ode"), settings("whole"), settings("averaged", ema=0.5), *resumed], 1)
-    fit([settings("two", 2), settings("zero2", 2, zero_stage=2), settings("parts", 2, micro_batch_size=1)], 2)
+    fit_all(
+        folder / "ray",
+        [settings("ode", stage="stage4_ode"), settings("whole"), settings("averaged", ema=0.5), *resumed],
+        1,
+    )
+    fit_all(
+        folder / "ray",
+        [settings("two", 2), settings("zero2", 2, zero_stage=2), settings("parts", 2, micro_batch_size=1)],
+        2,
+    )
     return folder
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from safetensors.torch import load_file
 
 from longtake.jobs import stage5_refiner
@@ -23,7 +22,6 @@ from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe.job import user_message
 from longtake.platform.train import checkpoint, log, run, stages
-from longtake.platform.train.loop import train
 from longtake.platform.train.settings import Settings
 
 pytestmark = pytest.mark.cpu
@@ -54,7 +52,9 @@ def pairs(adapted: WorldModelConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def runs(ray_cluster: str, adapted: WorldModelConfig, base: Path, pairs: str, tmp_path_factory) -> Path:
+def runs(
+    ray_cluster: str, fit_all: Callable, adapted: WorldModelConfig, base: Path, pairs: str, tmp_path_factory
+) -> Path:
     """Folder of finished runs, each named after what was special about it."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -66,25 +66,15 @@ def runs(ray_cluster: str, adapted: WorldModelConfig, base: Path, pairs: str, tm
         init = {"refiner": str(base)}
         return Settings(stage, adapted, ((pairs, 1.0),), str(folder / name), init, workers)
 
-    def fit(each: list[Settings], workers: int) -> None:
-        for one in each:
-            one.folder.mkdir(parents=True, exist_ok=True)
-        TorchTrainer(
-            lambda config: [train(one) for one in config["runs"]],
-            train_loop_config={"runs": each},
-            scaling_config=ScalingConfig(num_workers=workers),
-            run_config=RunConfig(storage_path=str(folder / "ray")),
-        ).fit()
-
     lean: dict[str, Any] = dict(zero_stage=3, offload=True, checkpoint_blocks=True)
     averaged = [settings("averaged", ema=0.9), settings("averaged halved", steps=2, ema=0.9)]
     averaged += [settings("averaged halved", ema=0.9), settings("grown", steps=2, zero_stage=2)]
     mixed = settings("16 bits", options=dict(pairs=True, base_dtype="bfloat16"))
-    fit([settings("one"), settings("again", checkpoint_blocks=True), *averaged, mixed], 1)
+    fit_all(folder / "ray", [settings("one"), settings("again", checkpoint_blocks=True), *averaged, mixed], 1)
     two = [settings("zero 2", 2, zero_stage=2), settings("zero 3", 2, zero_stage=3)]
     two += [settings("zero 3, halved", 2, steps=2, **lean), settings("zero 3, halved", 2, **lean)]
     two += [settings("zero 3, 16 bits", 2, options=mixed.stage.options, **lean), settings("grown", 2, zero_stage=2)]
-    fit(two, 2)
+    fit_all(folder / "ray", two, 2)
     return folder
 
 
