@@ -182,6 +182,24 @@ def test_the_first_lesson_sees_what_the_sampler_will(streaming: WorldModelConfig
     assert (timestep[:, 0] == 0).all() and set(timestep[:, 1:].flatten().tolist()) <= set(FEW.timesteps)
 
 
+def test_noise_lies_on_what_is_clean_after_the_first_frame_alone(streaming: WorldModelConfig):
+    seen: list[tuple[Tensor, Tensor]] = []
+    for options in ({}, {"history_noise": 0.5}):
+        objective = ODEObjective(streaming, clean_history=1.0, **options)
+
+        def note(latents: Tensor, timestep: Tensor, *others: object) -> Tensor:
+            seen.append((latents, timestep))
+            return torch.zeros_like(latents)
+
+        objective.world_model.forward = note  # type: ignore[method-assign]
+        objective(batch_of(streaming), Draws(3, range(2)))
+    (plain, timestep), (flawed, _) = seen
+    changed = (plain != flawed).any(1).flatten(2).any(2)
+    clean = timestep == 0
+    assert (changed[:, 1:] == clean[:, 1:]).all() and clean[:, 1:].any() and not changed[:, 0].any()
+    assert (flawed - plain).std() < 0.5
+
+
 def scoring(network: Scorer, clean: Tensor, without: Tensor | None = None) -> None:
     """Let a network take `clean` for the clean video, or `without` where it is given another text."""
 
