@@ -367,11 +367,22 @@ class WorldPipeline:
         """What `refine` makes of a video's latents, as they come, (B, C, t, h, w) each: first the first latent frame,
         then the refiner's blocks. Memory does not grow with the video. ValueError for a refiner of whole clips.
         """
+        return self.refining(text, text_mask, seeds)(chunks)
+
+    def refining(
+        self, text: Tensor, text_mask: Tensor, seeds: Sequence[int], known: Sequence[Tensor] = ()
+    ) -> RefinerStream:
+        """What takes a video's latents and gives refined ones. known: of its blocks the first, as they were refined
+        before. ValueError for a refiner of whole clips.
+        """
         if self.config.refiner.block_size is None:
             raise ValueError(f"the refiner of {self.config.name!r} sees the whole clip: give it one, with `refine`")
         refiner: Any = self.part("refiner")
-        stream = RefinerStream(refiner, text, text_mask)
-        return stream(chunks, lambda number, block: self._refiner_noise(block.shape, seeds, number))
+
+        def noise(number: int, block: Tensor) -> Tensor:
+            return self._refiner_noise(block.shape, seeds, number)
+
+        return RefinerStream(refiner, text, text_mask, noise, known=known)
 
     def _refiner_noise(self, shape: Sequence[int], seeds: Sequence[int], block: int = 0) -> Tensor:
         """Other noise than stage 1 draws from the same seeds."""

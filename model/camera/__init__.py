@@ -10,6 +10,7 @@ from longtake.model.camera.actions import (
     KeyMap,
     Motion,
     Steering,
+    actions_length,
     parse_actions,
     random_actions,
     repeated_actions,
@@ -20,6 +21,7 @@ from longtake.model.camera.pose import intrinsics_from_fov, invert, relative_to_
 from longtake.model.camera.trajectory import Trajectory
 
 __all__ = [
+    "actions_length",
     "KEY_MAPS",
     "CameraFeatures",
     "KeyMap",

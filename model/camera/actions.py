@@ -142,6 +142,11 @@ def repeated_actions(text: str, frames: int) -> str:
     return ",".join(pieces)
 
 
+def actions_length(text: str) -> int:
+    """Frames that a key sequence lasts. ValueError for durations as in `parse_actions`."""
+    return sum(duration for _, duration in _segments(text))
+
+
 def split_actions(text: str, frames: int) -> list[str]:
     """Actions in pieces of `frames` frames: one after another they hold the same keys. ValueError when their length is
     not a multiple of it, and for durations as in `parse_actions`.

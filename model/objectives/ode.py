@@ -19,9 +19,9 @@ class ODEObjective(FlowObjective):
     Every chunk is at one of the sampler's timesteps or at the clean end, drawn by itself; the first frame is the clean
     image. clean_history: in this share of the clips all chunks before a random one are clean, as the sampler's are.
     history_noise: up to so much noise, beside latents of unit scale, lies on what is clean of a clip after its first
-    frame, for a network that goes on from its own chunks meets flaws there (GameNGen, arXiv 2408.14837). The loss is the mean square of x0 = x - sigma v beside the trajectory's end, over a clip's frames that are not clean.
-    batch: as of `FlowObjective`, and noisy (B, K, C, T, h, w), the trajectory at the sampler's K timesteps; latents are
-    its end.
+    frame, for a network that goes on from its own chunks meets flaws there (GameNGen, arXiv 2408.14837). The loss is
+    the mean square of x0 = x - sigma v beside the trajectory's end, over a clip's frames that are not clean. batch: as
+    of `FlowObjective`, and noisy (B, K, C, T, h, w), the trajectory at the sampler's K timesteps; latents are its end.
     """
 
     def __init__(

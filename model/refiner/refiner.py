@@ -75,7 +75,7 @@ class Refiner(nn.Module):
         if self.block_size is not None:
             sizes = [SINK, *block_sizes(latents.shape[2] - SINK, self.block_size)]
             parts = iter(noise.split(sizes, 2)[1:])
-            return torch.cat(list(RefinerStream(self, text, text_mask)([latents], lambda number, x: next(parts))), 2)
+            return torch.cat(list(RefinerStream(self, text, text_mask, lambda number, x: next(parts))([latents])), 2)
         reading = self.reading(latents, text, text_mask)
         reading.text_keys = {}
         return self._denoised(latents, noise, reading, SINK)
@@ -110,31 +110,57 @@ class RefinerPast:
 
 
 class RefinerStream:
-    """Refines videos (B clips of one length) as their latents come, in memory that does not grow with their length."""
+    """Refines videos (B clips of one length) as their latents come, in memory that does not grow with their length.
 
-    def __init__(self, refiner: Refiner, text: Tensor, text_mask: Tensor, past: RefinerPast | None = None):
-        self.refiner, self.past = refiner, past or RefinerPast()
+    noise(number, latents): unit noise like the latents of block `number`, the first after the sink being 0. known: the
+    first blocks, as they were refined before; they take one pass each.
+    """
+
+    def __init__(
+        self,
+        refiner: Refiner,
+        text: Tensor,
+        text_mask: Tensor,
+        noise: Callable[[int, Tensor], Tensor] = lambda number, latents: torch.randn_like(latents),
+        past: RefinerPast | None = None,
+        known: Sequence[Tensor] = (),
+    ):
+        self.refiner, self.noise, self.past, self.known = refiner, noise, past or RefinerPast(), known
         self._text, self._mask = text, text_mask
         self._text_keys: dict[int, KeysValues] = {}
+        self._waiting: Tensor | None = None
+        self._number = 0
 
-    def __call__(self, parts: Iterable[Tensor], noise: Callable[[int, Tensor], Tensor]) -> Iterator[Tensor]:
-        """The sink, then the refined blocks, of a video that comes in parts (B, C, t, h, w) of any length.
-
-        noise(number, latents): unit noise like the latents of block `number`, the first after the sink being 0.
-        """
-        size, waiting, number = self.refiner.block_size or 1, None, 0
+    def __call__(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The sink, then the refined blocks, of a video that comes in parts (B, C, t, h, w) of any length."""
         for part in parts:
-            waiting = part if waiting is None else torch.cat([waiting, part], 2)
-            if not self.past.frames:
-                sink, waiting = waiting[:, :, :SINK], waiting[:, :, SINK:]
-                self.begin(sink)
-                yield sink
-            while waiting.shape[2] >= size:
-                block, waiting = waiting[:, :, :size], waiting[:, :, size:]
-                yield self.refine(block, noise(number, block))
-                number += 1
-        if waiting is not None and waiting.shape[2]:
-            yield self.refine(waiting, noise(number, waiting))
+            yield from self.take(part)
+        yield from self.rest()
+
+    def take(self, part: Tensor) -> Iterator[Tensor]:
+        """What can be refined now that this part (B, C, t, h, w) of a video is there."""
+        size = self.refiner.block_size or 1
+        self._waiting = part if self._waiting is None else torch.cat([self._waiting, part], 2)
+        if not self.past.frames:
+            sink, self._waiting = self._waiting[:, :, :SINK], self._waiting[:, :, SINK:]
+            self.begin(sink)
+            yield sink
+        while self._waiting.shape[2] >= size:
+            block, self._waiting = self._waiting[:, :, :size], self._waiting[:, :, size:]
+            yield self._next(block)
+
+    def rest(self) -> Iterator[Tensor]:
+        """The last block, where the video does not end with a whole one."""
+        if self._waiting is not None and self._waiting.shape[2]:
+            block, self._waiting = self._waiting, None
+            yield self._next(block)
+
+    def _next(self, latents: Tensor) -> Tensor:
+        number, self._number = self._number, self._number + 1
+        if number >= len(self.known):
+            return self.refine(latents, self.noise(number, latents))
+        self.recall(self.known[number])
+        return self.known[number]
 
     @torch.no_grad()
     def begin(self, sink: Tensor) -> None:
@@ -147,6 +173,18 @@ class RefinerStream:
     @torch.no_grad()
     def refine(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The refined next block of these latents (B, C, t, h, w), from which later ones go on."""
+        reading = self._going_on(latents)
+        refined = self.refiner._denoised(latents, noise, reading, 0)
+        self._keep(refined, reading)
+        return refined
+
+    @torch.no_grad()
+    def recall(self, refined: Tensor) -> None:
+        """Go on after a next block (B, C, t, h, w) that was refined before."""
+        self._keep(refined, self._going_on(refined))
+
+    def _going_on(self, latents: Tensor) -> Reading:
+        """Of the block that comes next: what is before it, with room for it."""
         past, refiner, frames = self.past, self.refiner, latents.shape[2]
         reading = self._reading(latents)
         # The sink moves along, so that it is right before the history.
@@ -156,13 +194,17 @@ class RefinerStream:
         sinks = [(rotated(k, there), v) for k, v in past.sink]
         parts = zip(sinks, past.history, strict=True) if past.history else zip(sinks, strict=True)
         reading.before = [_with_room(each, frames * area) for each in parts]
-        refined = refiner._denoised(latents, noise, reading, 0)
+        return reading
+
+    def _keep(self, refined: Tensor, reading: Reading) -> None:
+        past, refiner, frames = self.past, self.refiner, refined.shape[2]
+        area = refined.shape[3] * refined.shape[4]
         refiner.velocity(refined, refined.new_zeros(len(refined), frames), reading)  # leaves its keys and values
         length = min(past.length + frames, refiner.window - SINK)
+        assert reading.before is not None
         last = slice(-length * area, None)
         history = tuple((k[:, last], v[:, last]) for k, v in reading.before)
         self.past = RefinerPast(past.frames + frames, past.sink, history, length)
-        return refined
 
     def _reading(self, latents: Tensor) -> Reading:
         """Of the frames that come next."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from longtake.model.camera import Motion, Steering, intrinsics_from_fov
+from longtake.model.camera import Motion, Steering, actions_length, intrinsics_from_fov
 from longtake.model.camera.features import CameraFeatures, camera_features
 from longtake.model.pipeline import ImageInput, WorldPipeline
 from longtake.model.samplers.chunk_flow import chunk_noise
@@ -24,7 +24,10 @@ from longtake.model.state import StreamState, apart
 from longtake.model.stream import ChunkStream
 from longtake.model.vae import decode_more
 
-_FORMAT = 3  # of snapshots
+_FORMAT = 4  # of snapshots
+
+
+Actions = str | Tensor  # of a chunk: keys, or poses
 
 
 class SessionStopped(Exception):
@@ -33,8 +36,9 @@ class SessionStopped(Exception):
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step made. latents (1, C, t, h, w); frames uint8 (f, H, W, 3), the first chunk's begin with the image;
-    actions: those that were used; c2w (f, 4, 4): their poses, from the session's first camera.
+    """What one step made. latents (1, C, t, h, w); frames uint8 (f, H, W, 3), the first chunk's begin with the image,
+    and none of a session that does not decode; actions: those that were used; c2w (f, 4, 4): their poses, from the
+    session's first camera.
     """
 
     number: int
@@ -65,6 +69,7 @@ class _Asked:
     poses: Tensor
     motion: Motion
     stop: Callable[[], bool] | None
+    known: Tensor | None
 
     def stopped(self) -> SessionStopped | None:
         if self.stop is None or not self.stop():
@@ -75,8 +80,10 @@ class _Asked:
 class Session:
     """A video from an image and a caption. Its chunks depend on these, the seed and the actions alone.
 
-    A step either succeeds and is kept, or the session stays as it was. fov_deg: horizontal field of view; steering:
-    what the keys do, at the model's frames a second. ValueError for weights that cannot go on, and for a bad image.
+    A step either succeeds and is kept, or the session stays as it was. fov_deg: horizontal field of view; intrinsics
+    (4,), in pixels of images of the model's size, in its place; steering: what the keys do, at the model's frames a
+    second. text: features and mask of the caption, where somebody has read it. decode: whether chunks have frames.
+    ValueError for weights that cannot go on, and for a bad image.
     """
 
     def __init__(
@@ -87,13 +94,16 @@ class Session:
         seed: int = 0,
         fov_deg: float = 75.0,
         steering: Steering | None = None,
+        text: tuple[Tensor, Tensor] | None = None,
+        intrinsics: Tensor | None = None,
+        decode: bool = True,
     ):
         config = pipeline.config
-        _check(pipeline)
+        _check(pipeline, ("vae", "dit") if text is not None else ("text", "vae", "dit"))
         steering = Steering(config.key_map, config.fps) if steering is None else steering
-        intrinsics = intrinsics_from_fov(fov_deg, config.image_size)
-        text, mask = pipeline.encode_text([caption])
-        self._begin(pipeline, pipeline.encode_image(image), text, mask, seed, intrinsics, steering)
+        intrinsics = intrinsics_from_fov(fov_deg, config.image_size) if intrinsics is None else intrinsics
+        text = pipeline.encode_text([caption]) if text is None else text
+        self._begin(pipeline, pipeline.encode_image(image), *text, seed, intrinsics, steering, decode)
 
     def _begin(
         self,
@@ -104,9 +114,10 @@ class Session:
         seed: int,
         intrinsics: Tensor,
         steering: Steering,
+        decode: bool,
     ) -> None:
         self._pipeline, self._image, self._text, self._mask = pipeline, image, text, mask
-        self._seed, self._intrinsics, self._steering = seed, intrinsics, steering
+        self._seed, self._intrinsics, self._steering, self._decode = seed, intrinsics, steering, decode
         self._past = _Past()
         dit: Any = pipeline.part("dit")
         self._network = ChunkStream(dit, text, mask, negative=pipeline.negative, replay=pipeline.replay)
@@ -130,14 +141,17 @@ class Session:
         config = self._pipeline.config
         return config.vae_stride[0] * config.chunk_size
 
-    def step(self, actions: str = "", stop: Callable[[], bool] | None = None) -> Chunk:
+    def step(self, actions: Actions = "", stop: Callable[[], bool] | None = None, known: Tensor | None = None) -> Chunk:
         """The next chunk, in which the camera does what `actions` say, such as "w-16,dw-8", and then holds its keys
-        up; nothing holds them up all the time.
+        up; nothing holds them up all the time. Or it goes where poses (f, 4, 4) say, all of a chunk's frames, seen from
+        the session's first camera.
 
-        stop: asked before each step of the sampler; when it says so, SessionStopped. ValueError for actions that are
-        wrong or longer than a chunk, and after the last position of a model whose window is not bounded.
+        stop: asked before each step of the sampler; when it says so, SessionStopped. known: latents (1, C, t, h, w)
+        that the chunk had when it was made before, with the same actions: it is only kept, in one pass. ValueError for
+        actions that are wrong or longer than a chunk, and after the last position of a model whose window is not
+        bounded.
         """
-        (made,) = step_together([(self, actions, stop)])
+        (made,) = step_together([Step(self, actions, stop, known)])
         if isinstance(made, BaseException):
             raise made
         return made
@@ -146,10 +160,9 @@ class Session:
         """Sessions of one pipeline of which this is equal can make their next chunks together."""
         return self._past.stream.place(self._pipeline.config.chunk_window)
 
-    def _asked(self, actions: str, stop: Callable[[], bool] | None) -> _Asked:
+    def _asked(self, step: Step) -> _Asked:
         config, stream = self._pipeline.config, self._past.stream
-        actions = self._filled(actions)
-        poses, motion = self._steering.move(actions, self._past.motion)
+        poses, motion, actions = self._led(step.actions)
         # Features are relative to the first camera, which stands where no keys were held.
         path = torch.cat([torch.eye(4)[None], poses])
         pinholes = self._intrinsics.expand(1, len(path), 4)
@@ -161,7 +174,21 @@ class Session:
         noise = self._noise(self._past, length)
         if not stream.frames:
             noise[:, :, :1] = self._image
-        return _Asked(self, self._past, actions, camera, noise, poses if stream.frames else path, motion, stop)
+        if step.known is not None and step.known.shape != noise.shape:
+            raise ValueError(f"known latents have shape {tuple(step.known.shape)}: the chunk has {tuple(noise.shape)}")
+        poses = poses if stream.frames else path
+        return _Asked(self, self._past, actions, camera, noise, poses, motion, step.stop, step.known)
+
+    def _led(self, actions: Actions) -> tuple[Tensor, Motion, str]:
+        """The poses of a chunk, how the camera moves after it, and the actions that were used, if these led it."""
+        if isinstance(actions, Tensor):
+            if actions.shape != (self.actions_per_chunk, 4, 4):
+                raise ValueError(f"poses of a chunk are ({self.actions_per_chunk}, 4, 4), not {tuple(actions.shape)}")
+            if not actions.isfinite().all():
+                raise ValueError("poses must be finite numbers")
+            return actions, self._past.motion, ""
+        actions = self._filled(actions)
+        return *self._steering.move(actions, self._past.motion), actions
 
     def _noise(self, past: _Past, length: int, step: int = 0) -> Tensor:
         """Of the chunk of so many latent frames after `past`."""
@@ -173,16 +200,16 @@ class Session:
         before = asked.past.stream
         if not latents.isfinite().all():
             raise ValueError(f"these weights diverge after {before.frames} latent frames: reset the session")
-        frames, video = decode_more(self._pipeline.part("vae"), latents, asked.past.video)  # type: ignore[arg-type]
-        images = frames[0].cpu().numpy()
+        images, video = np.empty((0, *self._pipeline.config.image_size, 3), np.uint8), asked.past.video
+        if self._decode:
+            frames, video = decode_more(self._pipeline.part("vae"), latents, video)  # type: ignore[arg-type]
+            images = frames[0].cpu().numpy()
         self._past = _Past(stream, video, asked.motion)
         return Chunk(before.chunks, latents, images, asked.actions, asked.poses)
 
     def _filled(self, actions: str) -> str:
         """The actions, then no keys for the rest of a chunk."""
-        length = 0
-        if actions:
-            length = len(self._steering.move(actions)[0])
+        length = actions_length(actions) if actions else 0
         if length > self.actions_per_chunk:
             raise ValueError(f"{length} frames of actions are more than a chunk's {self.actions_per_chunk}: give fewer")
         rest = self.actions_per_chunk - length
@@ -212,6 +239,7 @@ class Session:
             "motion": dataclasses.asdict(self._past.motion),
             "steering": dataclasses.asdict(self._steering),
             "seed": self._seed,
+            "decode": self._decode,
         }
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         about_bytes = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
@@ -220,7 +248,7 @@ class Session:
     @classmethod
     def restore(cls, pipeline: WorldPipeline, data: bytes) -> Session:
         """The session of which `data` is a snapshot. ValueError when it is none, or one of another model."""
-        _check(pipeline)
+        _check(pipeline, ("vae", "dit"))
         try:
             tensors = load_tensors(data)
             about: dict[str, Any] = json.loads(bytes(tensors.pop("about").tolist()))
@@ -241,6 +269,7 @@ class Session:
             about["seed"],
             tensors["intrinsics"].cpu(),
             Steering(**about["steering"]),
+            about["decode"],
         )
         traces: dict[tuple[int, str], tuple[Tensor, ...]] = {}
         for name in sorted(tensors):  # and so by number
@@ -255,7 +284,13 @@ class Session:
         return session
 
 
-Step = tuple[Session, str, Callable[[], bool] | None]  # actions, and what stops them, as `Session.step` takes them
+class Step(NamedTuple):
+    """What a session is asked for, as `Session.step` takes it."""
+
+    session: Session
+    actions: Actions = ""
+    stop: Callable[[], bool] | None = None
+    known: Tensor | None = None
 
 
 def step_together(steps: Sequence[Step]) -> list[Chunk | Exception]:
@@ -263,21 +298,22 @@ def step_together(steps: Sequence[Step]) -> list[Chunk | Exception]:
     what it would have raised alone. What goes wrong with one leaves the others as they are. ValueError for a session
     that is there twice, and for unlike ones.
     """
-    sessions = [session for session, *_ in steps]
+    sessions = [step.session for step in steps]
     if len({(id(session._pipeline), session.place()) for session in sessions}) > 1:
         raise ValueError("these sessions are at unlike places, or of several models: step them apart, or by an Engine")
     if len(set(sessions)) < len(sessions):
         raise ValueError("a session takes one step after another: give each once")
     found: list[Chunk | Exception | None] = [None] * len(steps)
     asked: dict[int, _Asked] = {}
-    for number, (session, actions, stop) in enumerate(steps):
+    for number, step in enumerate(steps):
         try:
-            asked[number] = session._asked(actions, stop)
+            asked[number] = step.session._asked(step)
         except ValueError as error:
             found[number] = error
-    if asked:
-        made = _made(list(asked.values()))
-        for number, each, result in zip(asked, asked.values(), made, strict=True):
+    for known in (True, False):
+        chosen = {number: each for number, each in asked.items() if (each.known is not None) == known}
+        made = _made(list(chosen.values())) if chosen else []
+        for (number, each), result in zip(chosen.items(), made, strict=True):
             try:
                 found[number] = result if isinstance(result, SessionStopped) else each.session._commit(each, *result)
             except Exception as error:  # of this session alone
@@ -286,7 +322,7 @@ def step_together(steps: Sequence[Step]) -> list[Chunk | Exception]:
 
 
 def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionStopped]:
-    """Of each one its clean latents (1, C, t, h, w) and the past that they leave."""
+    """Of each one its clean latents (1, C, t, h, w) and the past that they leave; they are known of all or of none."""
     pipeline = asked[0].session._pipeline
     camera = CameraFeatures.cat([each.camera for each in asked]).to(pipeline.device)
     pasts = [each.past.stream for each in asked]
@@ -304,13 +340,18 @@ def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionS
     def fresh(step: int) -> Tensor:
         return torch.cat([each.session._noise(each.past, noise.shape[2], step) for each in asked])
 
+    known = [each.known.to(noise) for each in asked if each.known is not None]
     try:
-        latents = euler(
-            velocity,
-            noise,
-            sampler_sigmas(sampler),
-            0 if pasts[0].frames else 1,
-            fresh=fresh if sampler.fresh_noise else None,
+        latents = (
+            torch.cat(known)
+            if known
+            else euler(
+                velocity,
+                noise,
+                sampler_sigmas(sampler),
+                0 if pasts[0].frames else 1,
+                fresh=fresh if sampler.fresh_noise else None,
+            )
         )
     except _AllStopped:
         return [stopped[number] for number in range(len(asked))]
@@ -324,11 +365,11 @@ class _AllStopped(Exception):
     pass
 
 
-def _check(pipeline: WorldPipeline) -> None:
+def _check(pipeline: WorldPipeline, parts: Sequence[str]) -> None:
     """ValueError when a pipeline cannot make a video go on."""
     config = pipeline.config
     if not config.chunk_causal:
         raise ValueError(f"the weights of {config.name!r} see the whole clip at once: use chunk-causal ones")
-    _, vae, _ = (pipeline.part(name) for name in ("text", "vae", "dit"))
-    if not vae.config["decoder_causal"]:  # type: ignore[index]
+    vae: Any = {name: pipeline.part(name) for name in parts}["vae"]
+    if not vae.config["decoder_causal"]:
         raise ValueError("this autoencoder decodes whole videos: a session needs one with decoder_causal=True")

@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.model.camera import Steering, Trajectory, split_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
-from longtake.platform.engine.session import Session, step_together
+from longtake.platform.engine.session import Session, Step, step_together
 from longtake.platform.search.plan import Candidate
 
 
@@ -88,7 +88,7 @@ class Tree:
         for number in range(max(map(len, pieces), default=0)):
             going_on = [index for index, of_branch in enumerate(pieces) if number < len(of_branch)]
             for alike in _of_equal_places(going_on, grown):
-                steps = [(grown[index].session, pieces[index][number], None) for index in alike]
+                steps = [Step(grown[index].session, pieces[index][number]) for index in alike]
                 for index, chunk in zip(alike, step_together(steps), strict=True):
                     if isinstance(chunk, Exception):
                         raise chunk

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.container.core import Flags
+from av.video import VideoStream
 from av.video.reformatter import Colorspace
 
 from longtake.platform.store.files import whole
@@ -36,27 +38,37 @@ def write_video(
         if playable is not None:
             container.flags |= Flags.flush_packets.value
             playable(part)
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": "medium"}
-        if playable is not None:
-            stream.options |= {"g": str(max(1, round(fps))), "tune": "zerolatency"}
-        context = stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
-        for chunk in chunks:
-            for image in chunk:
-                if frames == 0:
-                    stream.height, stream.width = image.shape[:2]
-                    if stream.height % 2 or stream.width % 2:
-                        raise ValueError(f"video of {stream.width} x {stream.height} pixels: both must be even")
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-                frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-                container.mux(stream.encode(frame))
-                frames += 1
-        if frames == 0:
+        stream = None
+        for image in (image for chunk in chunks for image in chunk):
+            if stream is None:
+                stream = add_h264(container, Fraction(fps).limit_denominator(1001), image.shape[:2], crf)
+                if playable is not None:
+                    stream.options |= {"g": str(max(1, round(fps))), "tune": "zerolatency"}
+            container.mux(stream.encode(yuv420p(image)))
+            frames += 1
+        if stream is None:
             raise ValueError(f"{path}: a video needs at least one frame")
         container.mux(stream.encode())
     return frames
+
+
+def add_h264(container: OutputContainer, rate: Fraction, size: tuple[int, ...], crf: int) -> VideoStream:
+    """A stream of frames of `size` (height, width). ValueError for odd ones, which yuv420p cannot hold."""
+    height, width = size
+    if height % 2 or width % 2:
+        raise ValueError(f"video of {width} x {height} pixels: both must be even")
+    stream = container.add_stream("libx264", rate=rate)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options = {"crf": str(crf), "preset": "medium"}
+    context = stream.codec_context
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    return stream
+
+
+def yuv420p(image: np.ndarray) -> av.VideoFrame:
+    """Of uint8 (H, W, 3)."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
 
 
 def encode_video(chunks: Iterable[np.ndarray], fps: float, crf: int = 18) -> bytes:

@@ -66,9 +66,13 @@ def test_parts_of_any_length_are_refined_as_the_whole(config):
     text, mask = torch.randn(1, 12, 32), torch.ones(1, 12, dtype=torch.bool)
     whole = refiner.refine(latents, noise, text, mask)
     blocks = iter(noise[:, :, 1:].split(3, 2))
-    parts = list(RefinerStream(refiner, text, mask)(latents.split([4, 1, 5, 2], 2), lambda number, x: next(blocks)))
+    stream = RefinerStream(refiner, text, mask, lambda number, x: next(blocks))
+    parts = list(stream(latents.split([4, 1, 5, 2], 2)))
     assert [part.shape[2] for part in parts] == [1, 3, 3, 3, 2]
     assert torch.equal(torch.cat(parts, 2), whole)
+    rest = iter(noise[:, :, 7:].split(3, 2))
+    again = RefinerStream(refiner, text, mask, lambda number, x: next(rest), known=parts[1:3])
+    assert torch.equal(torch.cat(list(again([latents])), 2), whole)
 
 
 @pytest.mark.parametrize(("size", "window", "frames"), [(3, 6, 14), (2, 11, 7), (3, 2, 8), (3, 5, 3)])
@@ -125,7 +129,7 @@ def test_what_a_stream_keeps_does_not_grow_and_goes_on_as_it_was(config):
         made = stream.refine(block, torch.randn(block.shape, generator=torch.Generator().manual_seed(1)))
         sizes.append(stream.past.nbytes)
     assert len(set(sizes[1:])) == 1
-    again = RefinerStream(refiner, text, mask, before)
+    again = RefinerStream(refiner, text, mask, past=before)
     assert torch.equal(again.refine(block, torch.randn(block.shape, generator=torch.Generator().manual_seed(1))), made)
 
 

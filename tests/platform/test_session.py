@@ -14,7 +14,7 @@ from PIL import Image
 from longtake.model.camera import Steering, parse_actions
 from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
-from longtake.platform.engine import Chunk, Session, SessionStopped, step_together
+from longtake.platform.engine import Chunk, Session, SessionStopped, Step, step_together
 
 pytestmark = pytest.mark.cpu
 
@@ -50,7 +50,7 @@ def same(one, other) -> bool:
 
 
 def chunks_of(sessions: list[Session], actions: list[str]) -> list[Chunk]:
-    made = step_together([(session, action, None) for session, action in zip(sessions, actions, strict=True)])
+    made = step_together([Step(session, action) for session, action in zip(sessions, actions, strict=True)])
     return [chunk for chunk in made if isinstance(chunk, Chunk)]
 
 
@@ -133,15 +133,50 @@ def test_sessions_step_together_as_alone(streaming, image, sampler):
             assert torch.equal(chunk.c2w, alone.c2w) and session.nbytes == clone.nbytes
 
 
+def test_a_session_follows_poses_as_it_follows_keys(pipeline, image):
+    led, given = (Session(pipeline, image, "a hall", seed=5) for _ in range(2))
+    for actions in ("w-24", "dw-16"):
+        chunk = led.step(actions)
+        poses = chunk.c2w[-given.actions_per_chunk :]
+        assert same(chunk, given.step(poses))
+    with pytest.raises(ValueError, match=r"are \(24, 4, 4\), not \(5, 4, 4\)"):
+        given.step(poses[:5])
+    with pytest.raises(ValueError, match="finite"):
+        given.step(torch.full_like(poses, torch.nan))
+
+
+def test_a_session_made_again_from_its_latents_goes_on_the_same(pipeline, image):
+    """Text that somebody else has read, chunks that were made before, and no decoder."""
+    steps = ["w-24", "dw-16", "aw-24"]
+    first = Session(pipeline, image, "a hall", seed=5)
+    chunks = [first.step(actions) for actions in steps]
+    text = pipeline.encode_text(["a hall"])
+    again = Session(pipeline, image, seed=5, text=text, decode=False)
+    for actions, chunk in zip(steps[:2], chunks, strict=False):
+        kept = again.step(actions, known=chunk.latents)
+        assert torch.equal(kept.latents, chunk.latents) and len(kept.frames) == 0
+    again = Session.restore(pipeline, again.snapshot())
+    last = again.step(steps[2])
+    assert torch.equal(last.latents, chunks[2].latents) and len(last.frames) == 0
+    torch.testing.assert_close(last.c2w, chunks[2].c2w)
+    with pytest.raises(ValueError, match="known latents have shape"):
+        again.step(known=chunks[0].latents)
+    fresh = Session(pipeline, image, seed=5)
+    known, made = step_together(
+        [Step(fresh, steps[0], known=chunks[0].latents), Step(Session(pipeline, image, "a hall", seed=5), steps[0])]
+    )
+    assert isinstance(known, Chunk) and isinstance(made, Chunk) and same(known, chunks[0]) and same(made, chunks[0])
+
+
 def test_what_goes_wrong_with_one_leaves_the_others(pipeline, image):
     sessions = [Session(pipeline, image, seed=seed) for seed in range(4)]
     asked = iter([False, True])
     wrong, stopped, right, last = step_together(
         [
-            (sessions[0], "x-2", None),
-            (sessions[1], "", lambda: next(asked)),
-            (sessions[2], "w-24", None),
-            (sessions[3], "", None),
+            Step(sessions[0], "x-2"),
+            Step(sessions[1], "", lambda: next(asked)),
+            Step(sessions[2], "w-24"),
+            Step(sessions[3]),
         ]
     )
     assert isinstance(wrong, ValueError) and isinstance(stopped, SessionStopped)
@@ -151,11 +186,11 @@ def test_what_goes_wrong_with_one_leaves_the_others(pipeline, image):
         right.latents, Session(pipeline, image, seed=2).step("w-24").latents, rtol=1e-4, atol=1e-5
     )
     with pytest.raises(ValueError, match="give each once"):
-        step_together([(sessions[0], "", None), (sessions[0], "", None)])
+        step_together([Step(sessions[0]), Step(sessions[0])])
     with pytest.raises(ValueError, match="unlike places"):
-        step_together([(sessions[0], "", None), (sessions[2], "", None)])
+        step_together([Step(sessions[0]), Step(sessions[2])])
     assert all(
-        isinstance(each, SessionStopped) for each in step_together([(s, "", lambda: True) for s in sessions[:2]])
+        isinstance(each, SessionStopped) for each in step_together([Step(s, "", lambda: True) for s in sessions[:2]])
     )
 
 
