@@ -18,6 +18,7 @@ from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
+from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.evaluation import Evaluation, spread
 from longtake.platform.evaluate.identification import fans
@@ -71,8 +72,10 @@ def main(argv: list[str] | None = None) -> None:
             figures["identification_ratio"] = figures[name] / max(reference[name], 1e-6)
     if args.long and starts:
         begins = [store.read(keys[0]) for keys in list(starts.values())[: args.long_videos]]
-        ways = long_ways(args, config)
-        found = evaluation.drift(begins, ways, min(args.span, args.long / 2))
+        ways = {name: [_seen_by(clip, way) for clip in begins] for name, way in long_ways(args, config).items()}
+        if args.walks:
+            ways["walk"] = own_ways(ClipStore(args.walks), args.long, args.long_videos, config)
+        found = evaluation.drift(ways, min(args.span, args.long / 2), rendered=("walk",) if args.walks else ())
         figures[f"seconds_for_{args.long:.0f}s_video"] = found.pop("seconds")
         for kind in ("sharpness_drift", "color_drift"):  # of the way where it is most
             figures[kind] = max(found[f"{kind}_{way}"] for way in ways)
@@ -97,6 +100,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=int, default=32, help="clips for the autoencoder; 0 for none")
     add("--long", type=float, default=60.0, help="seconds of the videos that drift is measured on; 0 for none")
     add("--long-videos", type=int, default=2, help="how many of those, along each of three ways")
+    add(
+        "--walks",
+        help="clip store of renderings as long as that, whose paths stay in their places, to walk along these",
+    )
     add("--span", type=float, default=10.0, help="first and last seconds of them that are compared")
     add("--against", help="preset or weights folder whose following of the camera is measured too, for the ratio")
     add("--key-map", default="official", choices=KEY_MAPS)
@@ -158,6 +165,28 @@ def long_ways(args: argparse.Namespace, config: WorldModelConfig) -> dict[str, T
             to, c2w=torch.cat([to.c2w[:1], fro.repeat(times, 1, 1)]), intrinsics=to.intrinsics[0]
         ),
     }
+
+
+def _seen_by(clip: Clip, way: Trajectory) -> tuple[Clip, Trajectory]:
+    """The way through the clip's lens."""
+    return clip, dataclasses.replace(way, intrinsics=torch.from_numpy(clip.intrinsics[0].copy()))
+
+
+def own_ways(store: ClipStore, seconds: float, count: int, config: WorldModelConfig) -> list[tuple[Clip, Trajectory]]:
+    """Clips of the test split and their own paths, cut to so many seconds. ValueError for shorter ones."""
+    stride = config.vae_stride[0]
+    frames = max(1, round(seconds * config.fps / stride)) * stride + 1
+    found = []
+    for key in spread(store.keys("test"), count):
+        clip = store.read(key)
+        if len(clip.frames) < frames:
+            raise ValueError(f"--walks {store.uri}: {key} has {len(clip.frames)} frames: render clips of {frames}")
+        size = clip.frames.shape[1], clip.frames.shape[2]
+        path = Trajectory(torch.from_numpy(clip.c2w), torch.from_numpy(clip.intrinsics), size, clip.fps)
+        found.append((clip, path.window(0, frames)))
+    if not found:
+        raise ValueError(f"--walks {store.uri} has no clips of the test split: render some")
+    return found
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -107,10 +106,13 @@ class Evaluation:
             f"translation_error_m{suffix}": float(translation),
         }
 
-    def drift(self, clips: list[Clip], ways: Mapping[str, Trajectory], span: float) -> dict[str, float]:
-        """Of long videos from the clips' first frames, along each of `ways` by its name: relative change of sharpness
-        and colour from their first `span` seconds to the last, of all together and, `_each`, the mean of what it is for
-        each; where the way ends as it began, the last frame's PSNR to the first, dB; and the seconds that a video took.
+    def drift(
+        self, ways: Mapping[str, Sequence[tuple[Clip, Trajectory]]], span: float, rendered: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Of long videos, by the name of their way: each from a clip's first frame along a path. Relative change of
+        sharpness and colour from their first `span` seconds to the last, of all together and, `_each`, the mean of what
+        it is for each; where the path ends as it began, the last frame's PSNR to the first, dB; and the seconds that a
+        video took. `_true` is the same of the clips themselves, which along the ways in `rendered` show these paths.
 
         A camera that walks for a minute ends at another place, as sharp as that is: of true renderings each changes by
         some 0.17, of which all together do not.
@@ -118,13 +120,12 @@ class Evaluation:
         found: dict[str, list[float]] = {}
         together: dict[str, float] = {}
         count = max(1, round(span * self.config.fps))
-        with Progress(len(clips) * len(ways), label="long videos") as progress:
-            for name, way in ways.items():
+        with Progress(sum(map(len, ways.values())), label="long videos") as progress:
+            for name, videos in ways.items():
                 ends: list[tuple[np.ndarray, np.ndarray]] = []
-                for number, clip in enumerate(clips):
-                    walk = dataclasses.replace(way, intrinsics=torch.from_numpy(clip.intrinsics[0].copy()))
+                for number, (clip, way) in enumerate(videos):
                     begin = time.monotonic()
-                    frames = next(self._generate([self._checked(clip)], [walk], [number], True))
+                    frames = next(self._generate([self._checked(clip)], [way], [number], True))
                     measured = {
                         "seconds": time.monotonic() - begin,
                         f"sharpness_drift_{name}_each": sharpness_drift(frames[:count], frames[-count:]),
@@ -137,9 +138,10 @@ class Evaluation:
                         found.setdefault(key, []).append(value)
                     contact_sheet(self.out / f"long_{name}_{number:02}.png", {name: frames}, columns=12)
                     progress.update(1, **{key: value for key, value in measured.items() if "drift" in key})
-                first, last = (np.concatenate(part) for part in zip(*ends, strict=True))
-                together[f"sharpness_drift_{name}"] = sharpness_drift(first, last)
-                together[f"color_drift_{name}"] = color_drift(first, last)
+                together |= _drift_of(ends, name)
+                if name in rendered:
+                    shown = (clip.frames[: way.num_frames] for clip, way in videos)
+                    together |= _drift_of([(frames[:count], frames[-count:]) for frames in shown], f"{name}_true")
         return {key: float(np.mean(values)) for key, values in found.items()} | together
 
     @torch.no_grad()
@@ -172,3 +174,9 @@ class Evaluation:
                 f"this model needs {stride} k + 1 frames of {width} x {height}"
             )
         return clip
+
+
+def _drift_of(ends: Sequence[tuple[np.ndarray, np.ndarray]], name: str) -> dict[str, float]:
+    """Of all videos together, from their first and last frames."""
+    first, last = (np.concatenate(part) for part in zip(*ends, strict=True))
+    return {f"sharpness_drift_{name}": sharpness_drift(first, last), f"color_drift_{name}": color_drift(first, last)}

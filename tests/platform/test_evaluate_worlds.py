@@ -148,6 +148,20 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
     assert Image.open(out / "camera_00.png").width == 6 * 96
 
 
+def test_walks_may_be_those_of_renderings(command, monkeypatch):
+    """The fan's own clips, as long as their shortest."""
+    written: dict[str, float] = {}
+    monkeypatch.setattr(evaluate_worlds.measurements, "write", lambda name, figures: written.update(figures))
+    store = command[command.index("--store") + 1]
+    frames = min(len(clip.frames) for clip in ClipStore(store).clips())
+    few = ["--long-videos", "1", "--limit", "0", "--device", "cpu", "--starts", "1"]
+    evaluate_worlds.main([*command, *few, "--long", str((frames - 1) / 16), "--only-with-camera", "--walks", store])
+    assert {"sharpness_drift_walk", "sharpness_drift_walk_true", "color_drift_walk_true"} < set(written)
+    assert "sharpness_drift_still_true" not in written
+    with pytest.raises(ValueError, match="render clips of 961"):
+        evaluate_worlds.main([*command, *few, "--walks", store])
+
+
 def test_clips_and_starts_are_taken_from_all_places():
     assert spread(list("abcdef"), 3) == ["a", "c", "f"]
     assert spread(["a", "b"], 9) == ["a", "b"]
