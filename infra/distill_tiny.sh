@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Distils `tiny` to chunks of four steps on one machine with one GPU, from rendering the first clip to a weights folder,
 # RUNS/tiny-streaming. It goes on where it was cut short.
-# usage: [CLIPS=2000] [LONG_CLIPS=220] [CAUSAL=8] [ODE=3] [LONG_ODE=6] infra/distill_tiny.sh RUNS [TEACHER]
+# usage: [CLIPS=2000] [LONG_CLIPS=800] [CAUSAL=8] [ODE=3] [MINUTE=4] [LONG_ODE=5] [FEW=5] infra/distill_tiny.sh RUNS [TEACHER]
 #
-# TEACHER: a weights folder, by default weights/tiny. CAUSAL, ODE, LONG_ODE: minutes of learning to see no later chunk,
-# and to jump along the teacher's ways from noise to clips, of 5 and then of 15 seconds. What a network has seen of long
-# clips decides whether its own videos last. Every run is at RUNS/NAME with its log RUNS/NAME.log.
+# TEACHER: a weights folder, by default weights/tiny. Minutes of learning: CAUSAL, to see no later chunk; ODE, to jump along
+# the teacher's ways from noise to clips of 5 seconds; MINUTE, of the teacher itself on 15 seconds, which it must last for
+# its students to; LONG_ODE, along its ways of these; FEW, by matching its videos. Every run is at RUNS/NAME with its log
+# RUNS/NAME.log.
 set -euo pipefail
 runs=$(realpath -m "${1:?folder of the runs}") teacher=$(realpath "${2:-$(dirname "$0")/../weights/tiny}")
 cd "$(dirname "$0")/.."
@@ -21,20 +22,31 @@ job() { # NAME JOB ARGUMENTS
 render() { # NAME ARGUMENTS
   OMP_NUM_THREADS=1 job "$1" render_worlds --split train --store "$runs/$1" "${@:2}"
 }
-trajectories() { # CLIPS FRAMES
+latents() { # CLIPS FRAMES
   job "$1-latents" encode_latents --data "$runs/$1" --latents "$runs/$1-latents" --weights "$teacher" --frames "$2" --batch 2
-  job "$1-ways" make_trajectories --data "$runs/$1-latents" --weights "$teacher" --trajectories "$runs/$1-ways" --batch 8
+}
+ways() { # CLIPS TEACHER
+  job "$1-ways" make_trajectories --data "$runs/$1-latents" --weights "$2" --trajectories "$runs/$1-ways" --batch 8
 }
 
 render clips --clips "${CLIPS:-2000}" --seed 11
-render long --clips "${LONG_CLIPS:-220}" --frames 241 --seed 12
-trajectories clips 81
-trajectories long 241
+render long --clips "${LONG_CLIPS:-800}" --frames 241 --seed 12
+latents clips 81
+latents long 241
+ways clips "$teacher"
+long="--set frames=241 --set batch_size=16 --set ema=0.995"
 job causal stage4_causal --data "$runs/clips-latents" --init "$teacher" --run "$runs/causal" \
   --set frames=81 --set batch_size=64 --max-minutes "${CAUSAL:-8}"
 job ode stage4_ode --data "$runs/clips-ways" --init "$runs/causal" --run "$runs/ode" --set ema=0.995 --max-minutes "${ODE:-3}"
-job long-ode stage4_ode --data "$runs/long-ways" --init "$runs/ode" --run "$runs/long-ode" --set ema=0.995 \
-  --set frames=241 --set batch_size=16 --max-minutes "${LONG_ODE:-6}"
-job streaming export_weights --preset tiny-streaming --source tiny --init "$teacher" "$runs/long-ode" --out "$runs/tiny-streaming"
+job minute stage3_minute --data "$runs/long-latents" --init "$teacher" --run "$runs/minute" \
+  --set frames=241 --set batch_size=16 --max-minutes "${MINUTE:-4}"
+ways long "$runs/minute"
+# shellcheck disable=SC2086  # several words
+job long-ode stage4_ode --data "$runs/long-ways" --init "$runs/ode" --run "$runs/long-ode" $long \
+  --set options.history_noise=0.3 --set learning_rate=3e-4 --max-minutes "${LONG_ODE:-5}"
+# shellcheck disable=SC2086
+job few stage4_distill --data "$runs/long-ways" --init "$runs/long-ode" --teacher "$runs/minute" --run "$runs/few" $long \
+  --set options.generator_every=3 --set learning_rate=6e-6 --max-minutes "${FEW:-5}"
+job streaming export_weights --preset tiny-streaming --source tiny --init "$teacher" "$runs/few" --out "$runs/tiny-streaming"
 cp -r "$teacher/images" "$runs/tiny-streaming/"
 echo "$runs/tiny-streaming"
