@@ -1,6 +1,7 @@
-"""The `longtake` command: lists the jobs, and runs one as its script would be run.
+"""The `longtake` command: lists the jobs, and runs one as its script would be run; and the server.
 
 longtake search-refine --preset tiny    is    python jobs/search_refine.py --preset tiny
+longtake serve                          is    python -m longtake.serve
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def jobs() -> dict[str, Path]:
     """The jobs' scripts by the name that the command gives them, in alphabetical order."""
     folders = importlib.import_module("longtake.jobs").__path__
     scripts = sorted(path for folder in folders for path in Path(folder).glob("[!_]*.py"))
-    return {path.stem.replace("_", "-"): path for path in scripts}
+    found = {path.stem.replace("_", "-"): path for path in scripts}
+    (server,) = importlib.import_module("longtake.serve").__path__
+    return found | {"serve": Path(server) / "__main__.py"}
 
 
 def description(script: Path) -> str:

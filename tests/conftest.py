@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = runnable
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's random numbers are its own, whichever tests ran before it in the process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -1,0 +1,389 @@
+"""The HTTP API: OpenAI's video endpoints with a camera, a stream that plays while it is made, what operators ask."""
+
+# Annotations are values here: Ray Serve pickles these handlers by value, without the names that only annotations use.
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Header, Path, Query, Request, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+import longtake
+from longtake.serve.guard import BodyLimit, Guard, Key
+from longtake.serve.ledger import COMPLETED, UNFINISHED, Record
+from longtake.serve.live import Live
+from longtake.serve.requests import Refused, VideoRequest, checked, parsed
+from longtake.serve.results import Results
+from longtake.serve.settings import Settings
+from longtake.serve.videos import Busy
+
+_LONGEST_WAIT = 20.0  # seconds that one question to `Videos` may take
+_TYPES = {"video": ("content.mp4", "video/mp4"), "thumbnail": ("thumbnail.jpg", "image/jpeg")}
+_TYPES["poses"] = "path.npz", "application/octet-stream"
+_log = logging.getLogger("longtake.serve")
+
+
+class Failure(BaseModel):
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """As OpenAI's, and what was asked for. progress: percent."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    seconds: str
+    size: str
+    prompt: str
+    seed: int
+    actions: str | None = None
+    refine: bool
+    frames: int
+    remixed_from_video_id: str | None = None
+    error: Failure | None = None
+
+
+class VideoList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """size: WIDTHxHEIGHT; chunk: frames that are made at a time."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "longtake"
+    size: str
+    fps: float
+    chunk: int
+    max_seconds: float
+    refines: bool
+    key_map: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error} for status in (400, 401, 404, 405, 409, 413, 422, 429, 503)
+}
+_SCHEMA = VideoRequest.model_json_schema()
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _SCHEMA},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": _SCHEMA["properties"] | {"input_reference": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
+    }
+}
+
+app = FastAPI(title="Longtake", version=longtake.__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
+app.add_middleware(BodyLimit)
+
+
+@app.exception_handler(Refused)
+async def _refused(_: Request, error: Refused) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+@app.exception_handler(HTTPException)
+async def _http(_: Request, error: HTTPException) -> JSONResponse:
+    headers = dict(error.headers) if error.headers else None
+    return JSONResponse(Refused(error.status_code, str(error.detail)).body(), error.status_code, headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return JSONResponse(Refused(400, f"{name}: {first['msg']}", name).body(), 400)
+
+
+@app.exception_handler(RayError)
+@app.exception_handler(BackPressureError)
+@app.exception_handler(TimeoutError)
+async def _unavailable(_: Request, error: Exception) -> JSONResponse:
+    _log.warning("answered 503: %s", error)
+    refused = Refused(503, "the server is busy or starts again: ask again", headers={"Retry-After": "2"})
+    return JSONResponse(refused.body(), 503, refused.headers)
+
+
+Id = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
+
+
+async def _body(request: Request) -> tuple[dict[str, Any], bytes | None]:
+    """Fields, and the image's file. Refused for what is neither JSON nor a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        try:
+            given = await request.json()
+        except (ValueError, RecursionError):
+            raise Refused(400, "the body is no JSON") from None
+        if not isinstance(given, dict):
+            raise Refused(400, "the body must be a JSON object")
+        return given, None
+    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        raise Refused(400, "send application/json or multipart/form-data")
+    fields: dict[str, Any] = {}
+    upload = None
+    async with request.form(max_files=1, max_fields=32, max_part_size=4 << 20) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in ("input_reference", "image"):
+                    raise Refused(400, f"{name[:64]}: only input_reference is a file", name[:64])
+                upload = await value.read()
+            elif name in fields:
+                raise Refused(400, f"{name[:64]}: it is there twice", name[:64])
+            else:
+                fields[name] = value
+    return fields, upload
+
+
+@serve.deployment
+@serve.ingress(app)
+class Api:
+    """Checks what comes in, and knows nothing of its own but the keys."""
+
+    def __init__(self, settings: Settings, videos: DeploymentHandle) -> None:
+        self.settings, self.videos, self.config = settings, videos, settings.config
+        self.results, self.guard = Results(settings.store), Guard(settings.keys)
+        BodyLimit.most = settings.max_upload
+
+    def _owner(self, authorization: str | None) -> Key:
+        return self.guard.check(authorization)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        """Of `Videos`."""
+        response = getattr(self.videos, method).remote(*arguments)
+        return await asyncio.wait_for(response, 2 * _LONGEST_WAIT)
+
+    @app.post("/v1/videos", response_model=Video, openapi_extra=_BODY)
+    async def create(
+        self,
+        request: Request,
+        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+        idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    ) -> Video:
+        """Ask for a video. The same Idempotency-Key asks for the same one, however often it is sent."""
+        key = self._owner(authorization)
+        given, upload = await _body(request)
+        asked = parsed(given)
+        limits = self.config, self.settings.max_seconds, self.settings.refines
+        wanted = await asyncio.to_thread(checked, asked, upload, *limits)
+        try:
+            record = await self._ask(
+                "submit", key.name, wanted.request, wanted.frames, key.videos, idempotency_key, wanted.files
+            )
+        except Busy as busy:
+            raise Refused(429, busy.message, headers={"Retry-After": str(busy.seconds)}) from None
+        return self._video(record)
+
+    @app.get("/v1/videos", response_model=VideoList)
+    async def page(
+        self,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(max_length=64)] = None,
+        order: Literal["asc", "desc"] = "desc",
+        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+    ) -> VideoList:
+        """Your videos, the newest first."""
+        key = self._owner(authorization)
+        found = await self._ask("page", key.name, limit + 1, after, order == "desc")
+        if found is None:
+            raise Refused(404, "after: there is no such video", "after")
+        page = [self._video(record) for record in found[:limit]]
+        ids = [video.id for video in page] or [None]
+        return VideoList(data=page, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
+
+    @app.get("/v1/videos/{id}", response_model=Video)
+    async def retrieve(
+        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+    ) -> Video:
+        """How far it is."""
+        return self._video(await self._record(id, authorization))
+
+    @app.delete("/v1/videos/{id}", response_model=Deleted)
+    async def delete(
+        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+    ) -> Deleted:
+        """Stop it, if it is being made, and forget it."""
+        key = self._owner(authorization)
+        if not await self._ask("delete", key.name, id):
+            raise Refused(404, "there is no such video", "id")
+        return Deleted(id=id)
+
+    @app.get("/v1/videos/{id}/content", response_class=Response)
+    async def content(
+        self,
+        id: Id,
+        variant: Literal["video", "thumbnail", "poses"] = "video",
+        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+    ) -> Response:
+        """The video as MP4, once it is completed; its first frame as JPEG; its poses as NumPy's .npz."""
+        record = await self._record(id, authorization)
+        if record.status != COMPLETED:
+            raise Refused(409, f"the video is {record.status}: wait until it is completed, or ask for its stream")
+        name, kind = _TYPES[variant]
+        name = f"{id}/{name}"
+        if self.results.local:
+            return FileResponse(self.results.path(name), media_type=kind)
+        return Response(await asyncio.to_thread(self.results.get, name), media_type=kind)
+
+    @app.get("/v1/videos/{id}/stream", response_class=StreamingResponse)
+    async def stream(
+        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+    ) -> StreamingResponse:
+        """The video as fragmented MP4, from its beginning, as it is made."""
+        record = await self._record(id, authorization)
+        parts = self._fragments(record)
+        first = await anext(parts, b"")  # before the header has gone out
+        if not first:
+            raise Refused(409, "the video was not made")
+
+        async def whole() -> AsyncIterator[bytes]:
+            yield first
+            async for part in parts:
+                yield part
+
+        return StreamingResponse(whole(), media_type="video/mp4", headers={"Cache-Control": "no-store"})
+
+    async def _fragments(self, record: Record) -> AsyncIterator[bytes]:
+        sent = 0
+        while True:
+            found = await self._ask("watch", record.owner, record.id, sent, _LONGEST_WAIT)
+            if found is None:
+                return
+            record, there = found
+            for number in range(sent, there):
+                if number == 0:
+                    yield await asyncio.to_thread(self.results.get, f"{record.id}/video/begin.mp4")
+                yield await asyncio.to_thread(self.results.get, f"{record.id}/video/{number:05}.m4s")
+            sent = there
+            if record.status not in UNFINISHED:
+                return
+
+    @app.websocket("/v1/sessions")
+    async def session(self, socket: WebSocket) -> None:
+        await Live(socket, self.settings, self.results, self.guard, self._ask).run()
+
+    @app.get("/v1/models", response_model=ModelList)
+    async def models(self, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> ModelList:
+        """What videos are made by."""
+        self._owner(authorization)
+        return ModelList(data=[self._model()])
+
+    @app.get("/v1/models/{model}", response_model=Model)
+    async def model(
+        self, model: str, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+    ) -> Model:
+        self._owner(authorization)
+        if model != self.config.name:
+            raise Refused(404, f"there is no such model, but {self.config.name!r}", "model")
+        return self._model()
+
+    @app.get("/healthz", response_class=PlainTextResponse)
+    async def health(self) -> str:
+        """Whether this process answers."""
+        return "ok"
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    async def ready(self) -> str:
+        """Whether videos are taken, and all that makes them runs; 503 when not."""
+        await self._ask("figures")
+        known = await asyncio.to_thread(serve.status)
+        mine = known.applications[serve.get_replica_context().app_name].deployments
+        if late := [name for name, each in mine.items() if each.status not in ("HEALTHY", "UPSCALING", "DOWNSCALING")]:
+            raise Refused(503, f"not ready: {', '.join(sorted(late))}", headers={"Retry-After": "2"})
+        return "ok"
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(self) -> str:
+        """For Prometheus."""
+        figures = await self._ask("figures")
+        lines = (f"# TYPE longtake_{name} gauge\nlongtake_{name} {value:g}\n" for name, value in figures.items())
+        return "".join(lines)
+
+    async def _record(self, id: str, authorization: str | None) -> Record:
+        record = await self._ask("get", self._owner(authorization).name, id)
+        if record is None:
+            raise Refused(404, "there is no such video", "id")
+        return record
+
+    def _video(self, record: Record) -> Video:
+        request, frames = record.request, record.total or record.parts
+        height, width = self.config.image_size
+        return Video(
+            id=record.id,
+            model=request["model"],
+            status=record.status,  # type: ignore[arg-type]
+            progress=record.progress,
+            created_at=int(record.created_at),
+            completed_at=None if record.completed_at is None else int(record.completed_at),
+            seconds=f"{max(0, frames - 1) / self.config.fps:g}",
+            size=f"{width}x{height}",
+            prompt=request["prompt"],
+            seed=request["seed"],
+            actions=request.get("actions"),
+            refine=request["refine"],
+            frames=frames,
+            error=None if record.error is None else Failure(code="failed", message=record.error),
+        )
+
+    def _model(self) -> Model:
+        config = self.config
+        height, width = config.image_size
+        return Model(
+            id=config.name,
+            size=f"{width}x{height}",
+            fps=config.fps,
+            chunk=config.vae_stride[0] * config.chunk_size,
+            max_seconds=self.settings.max_seconds,
+            refines=self.settings.refines,
+            key_map=config.key_map,
+        )

@@ -1,0 +1,29 @@
+"""The application: which deployment asks which. `longtake serve` starts it here, a Serve config by its import path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve import Application
+
+from longtake.serve.api import Api
+from longtake.serve.settings import Settings
+from longtake.serve.stages import Decode, Refine, Stage1, Text
+from longtake.serve.videos import Videos
+
+_DRAIN_SECONDS = 30.0  # that a replica which is to end may go on with what it has
+
+
+def build(given: dict[str, Any]) -> Application:
+    """`Settings` as a Serve config's `args`. ValueError that names the field."""
+    settings = Settings.checked(given)
+    drain: dict[str, Any] = dict(graceful_shutdown_timeout_s=_DRAIN_SECONDS)
+    text = Text.options(**settings.text.options(), **drain).bind(settings)
+    stage1 = Stage1.options(**settings.stage1.options(), **drain).bind(settings)
+    refiner = None
+    if settings.refines:
+        refiner = Refine.options(**settings.refiner.options(), **drain).bind(settings, stage1)
+    decoder = Decode.options(**settings.decoder.options(), **drain).bind(settings, stage1, refiner)
+    one = dict(num_replicas=1, max_ongoing_requests=10_000, graceful_shutdown_timeout_s=1.0)
+    videos = Videos.options(**one, ray_actor_options=dict(num_cpus=0.5)).bind(settings, text, decoder)
+    return Api.options(**settings.api.options()).bind(settings, videos)

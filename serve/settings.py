@@ -1,0 +1,135 @@
+"""What a server is told: one checked value, from a command line or from a Serve config's `args`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from longtake.model import presets, weights
+from longtake.model.config import WorldModelConfig
+
+
+class _Strict(BaseModel):
+    """Ray Serve lets misspelt keys pass; this does not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Scaling(_Strict):
+    """Of one deployment. together: requests that a replica works on at once; more than that of all replicas wait, and
+    make another one start after `up_after` seconds, up to `most`; a replica without work ends after `down_after`.
+    """
+
+    least: int = Field(default=1, ge=1)
+    most: int = Field(default=1, ge=1)
+    together: int = Field(default=1, ge=1)
+    up_after: float = Field(default=5.0, ge=0)
+    down_after: float = Field(default=60.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scaling:
+        if self.most < self.least:
+            raise ValueError(f"most {self.most} is less than least {self.least}")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """As Ray Serve's `deployment.options` takes them."""
+        return dict(
+            max_ongoing_requests=self.together,
+            autoscaling_config=dict(
+                min_replicas=self.least,
+                max_replicas=self.most,
+                target_ongoing_requests=self.together,
+                upscale_delay_s=self.up_after,
+                downscale_delay_s=self.down_after,
+            ),
+            ray_actor_options=dict(num_cpus=self.num_cpus, num_gpus=self.num_gpus),
+        )
+
+
+class Settings(_Strict):
+    """preset, weights: of a model that makes one chunk after another. refine: whether it can be asked to refine, by
+    default where the preset's refiner works by blocks. store: folder or s3:// prefix of all files that are made.
+    database: SQLite file of what was asked for; by default in `store`, which then must be a folder. keys: JSON file of
+    API keys, as serve/README.md says; without one anybody may ask, and only this machine should reach the port.
+
+    max_seconds: of a video. max_running: videos that are made at once; max_queued: that wait, of all keys together.
+    max_upload: bytes of a request's body. max_sessions: live ones at once; session_idle: seconds without a word after
+    which one ends; look_ahead: chunks whose actions may wait for the one that is being made.
+    """
+
+    preset: str = "tiny-streaming"
+    weights: str | None = None
+    refine: bool | None = None
+    store: str = "runs/serve"
+    database: str | None = None
+    keys: str | None = None
+    max_seconds: float = Field(default=60.0, gt=0)
+    max_running: int = Field(default=4, ge=1)
+    max_queued: int = Field(default=64, ge=0)
+    max_upload: int = Field(default=16 << 20, ge=1 << 10)
+    max_sessions: int = Field(default=4, ge=0)
+    session_idle: float = Field(default=60.0, gt=0)
+    look_ahead: int = Field(default=2, ge=0)
+    api: Scaling = Scaling(together=64, num_cpus=0.5)
+    text: Scaling = Scaling(together=4, num_cpus=0.5)
+    stage1: Scaling = Scaling(most=2, together=4)
+    refiner: Scaling = Scaling(most=2, together=4)
+    decoder: Scaling = Scaling(most=2, together=4)
+
+    @classmethod
+    def checked(cls, given: dict[str, Any]) -> Settings:
+        """ValueError that names the field, before anything starts or loads."""
+        from longtake.model.pipeline import check_folder  # slow to import, and not for those who only read settings
+
+        try:
+            settings = cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        config = settings.config
+        if not config.chunk_causal or config.most_latent_frames is not None:
+            raise ValueError(
+                f"preset: {config.name!r} makes no endless video: choose tiny-streaming or another streaming"
+            )
+        if settings.refine and config.refiner.block_size is None:
+            raise ValueError(f"refine: the refiner of {config.name!r} sees whole clips: leave refine away")
+        at_once = settings.max_running + settings.max_sessions
+        for name in ("stage1", "decoder", *(("refiner",) if settings.refines else ())):
+            scaling: Scaling = getattr(settings, name)
+            if (room := scaling.most * scaling.together) < at_once:
+                more = f"max_running + max_sessions = {at_once} are more: raise {name}.most or {name}.together"
+                raise ValueError(f"{name}: {scaling.most} replicas of {scaling.together} hold {room} videos, {more}")
+        check_folder(config, settings.folder, settings.parts)
+        if settings.database is None and "://" in settings.store:
+            raise ValueError("database: give the path of a file, where store is not a folder")
+        if settings.keys is not None and not Path(settings.keys).is_file():
+            raise ValueError(f"keys: there is no file {settings.keys}")
+        return settings
+
+    @property
+    def config(self) -> WorldModelConfig:
+        preset = presets.get(self.preset)
+        return weights.config_for(preset, weights.resolve(preset, self.weights))
+
+    @property
+    def folder(self) -> Path:
+        """Of the weights."""
+        return weights.resolve(presets.get(self.preset), self.weights)
+
+    @property
+    def refines(self) -> bool:
+        return self.config.refiner.block_size is not None if self.refine is None else self.refine
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        refiner = ("refiner", "refiner_text") if self.config.refiner_reads_own_text else ("refiner",)
+        return ("text", "vae", "dit", *(refiner if self.refines else ()))
+
+    @property
+    def ledger(self) -> Path:
+        return Path(self.database or Path(self.store) / "videos.sqlite")

@@ -1,0 +1,425 @@
+"""The whole application, with a random model: what a client of OpenAI's gets, and what outlasts a killed replica."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+from websockets.sync.client import connect
+
+import longtake.serve.client as client_package
+import longtake.serve.client.__main__ as client_command
+from longtake.model.config import SamplerConfig, WorldModelConfig
+from longtake.model.pipeline import WorldPipeline
+from longtake.serve.app import build
+from longtake.serve.ledger import Ledger
+
+pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+
+Server = tuple[str, Path, Callable[[], None]]
+FEW = SamplerConfig(2, 4.0, 1.0, timesteps=(1000, 800, 0), chunk_interval=1)
+KEYS = {"anna": "secret", "bert": "other"}
+
+
+@pytest.fixture(scope="module")
+def weights(small_config: WorldModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, of all parts, in chunks and blocks."""
+    config = dataclasses.replace(
+        small_config,
+        name="tiny-streaming",
+        fps=16.0,
+        softmax_dtype="float32",
+        chunk_causal=True,
+        chunk_window=1,
+        sampler=FEW,
+        refiner=dataclasses.replace(small_config.refiner, block_size=3),
+    )
+    folder = tmp_path_factory.mktemp("weights")
+    WorldPipeline.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server(
+    ray_cluster: str, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Callable]]:
+    """Its address, its store, and what starts it anew there."""
+
+    store = tmp_path_factory.mktemp("store")
+    digests = [{"name": n, "sha256": hashlib.sha256(k.encode()).hexdigest(), "videos": 3} for n, k in KEYS.items()]
+    (store / "keys.json").write_text(json.dumps({"keys": digests}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": None})
+    url = f"http://127.0.0.1:{port}"
+
+    def start() -> None:
+        settings: dict[str, Any] = dict(weights=str(weights), store=str(store), keys=str(store / "keys.json"))
+        settings |= dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=5)
+        serve.run(build(settings), name="longtake", route_prefix="/")
+        while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+            time.sleep(0.2)
+
+    start()
+    yield url, store, start
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="secret", max_retries=0)
+
+
+def ask(client: openai.OpenAI, image: bytes, seconds: Any = "3", **more: Any) -> Any:
+    body = {"actions": "w-16,dw-8", **more}
+    return client.videos.create(
+        prompt="a hall",
+        seconds=seconds,
+        input_reference=("a.png", image),
+        extra_body=body,  # type: ignore[arg-type]
+    )
+
+
+def finished(client: openai.OpenAI, id: str) -> Any:
+    while (video := client.videos.retrieve(id)).status in ("queued", "in_progress"):
+        time.sleep(0.1)
+    return video
+
+
+def until_gone(folder: Path) -> None:
+    """Wait until nobody writes there any more, and it is gone."""
+    while folder.exists():
+        time.sleep(0.1)
+
+
+def frames_of(data: bytes) -> int:
+    with av.open(io.BytesIO(data), "r") as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def replica(deployment: str) -> psutil.Process:
+    """A process of this cluster's."""
+    node = ray.get_runtime_context().get_node_id()
+    session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[union-attr]
+    assert node
+    for raylet in psutil.process_iter(["cmdline"]):
+        if session in str(raylet.info["cmdline"]) and "raylet/raylet" in str(raylet.info["cmdline"]):
+            for process in raylet.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if f"ServeReplica:longtake:{deployment}" in " ".join(process.cmdline()):
+                        return process
+    raise AssertionError(f"no replica of {deployment} runs")
+
+
+def test_openai_s_client_makes_watches_lists_and_deletes_a_video(client, server, image):
+    made = ask(client, image, seed=3)
+    assert (made.status, made.seconds, made.model) == ("queued", "3", "tiny-streaming")
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.stream("GET", f"{server[0]}/v1/videos/{made.id}/stream", headers=headers, timeout=120) as stream:
+        assert stream.status_code == 200 and stream.headers["content-type"] == "video/mp4"
+        early = client.videos.retrieve(made.id).status
+        streamed = b"".join(stream.iter_bytes())
+    assert early == "in_progress"  # the stream began before the video was whole
+    video = finished(client, made.id)
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    content = client.videos.download_content(made.id).read()
+    assert frames_of(streamed) == frames_of(content) == 49
+    thumbnail = client.videos.download_content(made.id, variant="thumbnail").read()
+    assert Image.open(io.BytesIO(thumbnail)).size == (96, 64)
+    ranged = httpx.get(f"{server[0]}/v1/videos/{made.id}/content", headers=headers | {"Range": "bytes=4-7"})
+    assert ranged.status_code == 206 and ranged.content == b"ftyp"
+    poses = httpx.get(f"{server[0]}/v1/videos/{made.id}/content?variant=poses", headers=headers)
+    assert np.load(io.BytesIO(poses.content))["c2w"].shape == (49, 4, 4)
+    again = ask(client, image, seed=3)
+    assert finished(client, again.id).status == "completed"
+    assert client.videos.download_content(again.id).read() == content  # of the same seed
+    listed = [video.id for video in client.videos.list(limit=1)]
+    assert listed[:2] == [again.id, made.id]  # the client turned the page
+    assert client.videos.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(made.id)
+    until_gone(server[1] / made.id)
+
+
+def test_refused_requests_say_why_and_others_videos_are_not_there(client, server, image):
+    mine = ask(client, image, seconds="1")
+    stranger = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="other", max_retries=0)
+    for call in (stranger.videos.retrieve, stranger.videos.delete, stranger.videos.download_content):
+        with pytest.raises(openai.NotFoundError):
+            call(mine.id)
+    with pytest.raises(openai.AuthenticationError):
+        ask(openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0), image)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, image, seconds="99")
+    about = {"message": "seconds: at most 30 are made here", "type": "invalid_request_error"}
+    assert refused.value.body == about | {"param": "seconds", "code": None}
+    with pytest.raises(openai.ConflictError):
+        ask_early = ask(client, image, seconds="30")
+        client.videos.download_content(ask_early.id)
+    client.videos.delete(ask_early.id)
+    url, headers = f"{server[0]}/v1/videos", {"Authorization": "Bearer secret"}
+    statuses = {
+        "no json": httpx.post(url, headers=headers | {"Content-Type": "application/json"}, content=b"{").status_code,
+        "a list": httpx.post(url, headers=headers, json=[]).status_code,
+        "no form": httpx.post(url, headers=headers, content=b"hello").status_code,
+        "a broken form": httpx.post(
+            url, headers=headers | {"Content-Type": "multipart/form-data; boundary=x"}, content=b"--y"
+        ).status_code,
+        "too long": httpx.post(url, headers=headers, content=b"x" * (1 << 17)).status_code,
+        "too long, unannounced": httpx.post(
+            url, headers=headers | {"Content-Type": "application/json"}, content=iter([b"x" * 4096] * 64)
+        ).status_code,
+        "two files": httpx.post(url, headers=headers, files=[("input_reference", image), ("image", image)]).status_code,
+        "no such way": httpx.get(f"{server[0]}/v1/vidoes", headers=headers).status_code,
+        "no such verb": httpx.put(url, headers=headers).status_code,
+        "no such id": httpx.get(f"{url}/..%2f..%2fetc", headers=headers).status_code,
+    }
+    expected = [400, 400, 400, 400, 413, 413, 400, 404, 405, 404]
+    assert list(statuses.values()) == expected, statuses
+    finished(client, mine.id)
+
+
+def test_too_many_videos_are_turned_away_and_a_repeated_request_is_one(client, server, image):
+    headers = {"Idempotency-Key": "once"}
+    ids = {client.with_options(default_headers=headers).videos.create(
+        prompt="", seconds="30", input_reference=("a.png", image), extra_body={"actions": "w-8"}  # type: ignore[arg-type]
+    ).id for _ in range(3)}  # fmt: skip
+    assert len(ids) == 1
+    made = [*ids, *(ask(client, image, seconds="30").id for _ in range(2))]
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask(client, image)
+    assert int(refused.value.response.headers["retry-after"]) >= 1 and "3 of your videos" in str(refused.value)
+    for id in made:
+        client.videos.delete(id)
+    figures = httpx.get(f"{server[0]}/metrics").text
+    assert "longtake_videos_in_progress 0" in figures and "longtake_videos_completed" in figures
+
+
+@pytest.mark.parametrize("deployment", ["Stage1", "Refine", "Decode", "Videos"])
+def test_a_replica_that_dies_costs_nothing_that_was_made(client, server, image, deployment):
+    undisturbed = ask(client, image, seconds="6", seed=7)
+    finished(client, undisturbed.id)
+    video = ask(client, image, seconds="6", seed=7)
+    there = server[1] / video.id / "video"
+    while not (there / "00001.m4s").exists():
+        time.sleep(0.01)
+    replica(deployment).send_signal(signal.SIGKILL)
+    assert (
+        finished(openai.OpenAI(base_url=f"{server[0]}/v1", api_key="secret", max_retries=8), video.id).status
+        == "completed"
+    )
+    same = client.videos.download_content(video.id).read() == client.videos.download_content(undisturbed.id).read()
+    assert same
+    for id in (video.id, undisturbed.id):
+        client.videos.delete(id)
+
+
+def test_an_application_that_starts_again_goes_on_with_what_it_had_accepted(client, server, image):
+    videos = [ask(client, image, seconds="6").id for _ in range(3)]
+    there = server[1] / videos[0] / "video"
+    while not (there / "00001.m4s").exists():
+        time.sleep(0.01)
+    serve.delete("longtake")
+    before = (there / "00000.m4s").stat().st_mtime_ns
+    assert (server[1] / videos[0] / "stage1" / "00000").exists()
+    assert {record.id for record in Ledger(server[1] / "videos.sqlite").unfinished()} == set(videos)
+    server[2]()
+    assert [finished(client, id).status for id in videos] == ["completed"] * 3
+    assert (there / "00000.m4s").stat().st_mtime_ns == before  # it was not made twice
+    assert not (server[1] / videos[0] / "stage1").exists()  # it is of no more use
+
+
+class Client:
+    """Of a live session: says what it does, and keeps what it hears."""
+
+    def __init__(self, url: str, **begin: Any) -> None:
+        self.socket = connect(url.replace("http", "ws", 1) + "/v1/sessions", max_size=None)
+        self.fragments: list[bytes] = []
+        self.chunks: list[dict[str, Any]] = []
+        self.say(**{"key": "secret", **begin})
+
+    def say(self, **what: Any) -> None:
+        self.socket.send(json.dumps(what))
+
+    def hear(self) -> dict[str, Any]:
+        said = json.loads(self.socket.recv(timeout=120))
+        if said["type"] == "frames":
+            fragment = self.socket.recv(timeout=120)
+            assert isinstance(fragment, bytes)
+            self.fragments.append(fragment)
+            self.chunks.append(said)
+        return said
+
+    def until(self, kind: str) -> dict[str, Any]:
+        while (said := self.hear())["type"] != kind:
+            assert said["type"] not in ("error", "closed"), said
+        return said
+
+    def frames(self, count: int) -> None:
+        while sum(each["frames"] for each in self.chunks) < count:
+            self.hear()
+
+
+@pytest.fixture
+def encoded(image) -> str:
+    return base64.b64encode(image).decode()
+
+
+def test_a_live_session_does_what_it_is_told_and_says_so(server, client, image, encoded):
+    person = Client(server[0], type="start", image=encoded, prompt="a hall", seed=3, wait=True)
+    started = person.until("started")
+    assert (started["size"], started["fps"], started["chunk"]) == ("96x64", 16.0, 24)
+    for number, actions in enumerate(["w-16,dw-8", "w-16,dw-8", "s-24"]):
+        person.say(type="actions", actions=actions, sequence=10 + number)
+        assert person.until("received") == {"type": "received", "sequence": 10 + number, "chunk": number}
+    person.frames(73)
+    assert [(each["chunk"], each["actions"], each["sequence"]) for each in person.chunks if each["frames"] > 1] == [
+        (0, "w-16,dw-8", 10), (1, "w-16,dw-8", 11), (2, "s-24", 12),
+    ]  # fmt: skip
+    same = ask(client, image, seconds="3", seed=3)  # the same way, told beforehand
+    assert finished(client, same.id).status == "completed"
+    video = client.videos.retrieve(started["session"])
+    assert (video.status, video.progress) == ("in_progress", 0)
+    person.say(type="end")
+    assert person.until("closed")["reason"] == "ended"
+    assert finished(client, video.id).seconds == "4.5"
+    content = client.videos.download_content(video.id).read()
+    assert frames_of(content) == frames_of(b"".join(person.fragments)) == 73
+    there = server[1] / same.id / "video"
+    assert (there / "00001.m4s").read_bytes() == (server[1] / video.id / "video" / "00001.m4s").read_bytes()
+    path = np.load(server[1] / video.id / "path.npz")["c2w"]
+    np.testing.assert_allclose(path[:49], np.load(server[1] / same.id / "path.npz")["c2w"], atol=1e-5)
+    for id in (video.id, same.id):
+        client.videos.delete(id)
+
+
+def test_a_session_outlasts_its_connection_and_its_replica_and_branches(server, client, encoded):
+    person = Client(server[0], type="start", image=encoded, seed=3)
+    id = person.until("started")["session"]
+    person.say(type="actions", actions="w-24")
+    person.frames(25)
+    person.socket.close()
+    replica("Stage1").send_signal(signal.SIGKILL)
+    back = Client(server[0], type="resume", session=id, fragments=len(person.fragments))
+    back.until("started")
+    back.say(type="actions", actions="dw-24", sequence=2)
+    back.frames(24)
+    assert back.chunks[0]["first"] == 25 and back.chunks[-1]["sequence"] == 2
+    assert frames_of(b"".join(person.fragments + back.fragments)) == 49
+    branch = Client(server[0], type="fork", session=id, chunks=1)
+    assert branch.until("started")["session"] != id
+    branch.say(type="actions", actions="aw-24")
+    branch.frames(49)
+    assert [each["actions"] for each in branch.chunks if each["frames"] > 1] == ["w-24", "aw-24"]
+    assert branch.fragments[1] == person.fragments[1]  # what they have in common
+    for each in (back, branch):
+        each.say(type="end")
+        each.until("closed")
+
+
+def test_a_session_nobody_speaks_to_ends_and_says_so(server, encoded):
+    person = Client(server[0], type="start", image=encoded)
+    person.until("started")
+    assert person.until("closed") == {"type": "closed", "reason": "idle"}
+
+
+def test_actions_that_come_too_early_are_dropped_where_the_client_will_have_it_so(server, encoded):
+    person = Client(server[0], type="start", image=encoded)
+    person.until("started")
+    for number in range(12):
+        person.say(type="actions", actions="w-24", sequence=number)
+    answers: list[dict[str, Any]] = []
+    while len(answers) < 12:
+        if (said := person.hear())["type"] in ("received", "dropped"):
+            answers.append(said)
+    assert {each["type"] for each in answers} == {"received", "dropped"}
+    chunks = [each["chunk"] for each in answers if each["type"] == "received"]
+    assert chunks == list(range(len(chunks)))
+    person.say(type="end")
+    person.until("closed")
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ({"type": "begin"}, "type"),
+        ({"type": "start"}, "input_reference"),
+        ({"type": "start", "image": "", "seconds": 3}, "seconds"),
+        ({"type": "resume", "session": "video_0"}, "session"),
+        ({"type": "fork", "session": "video_0", "chunks": -1}, "chunks"),
+        ({"type": "resume"}, "session"),
+    ],
+)
+def test_a_session_that_cannot_begin_says_why(server, said, param):
+    answer = Client(server[0], **said).hear()
+    assert answer["type"] == "error" and answer["error"]["param"] == param
+    with pytest.raises(AssertionError):
+        stranger = Client(server[0], **{**said, "key": "none"})
+        assert stranger.hear()["error"]["type"] != "authentication_error"
+
+
+def test_our_client_makes_streams_and_saves_videos(server, image, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(image)
+    told: list[int] = []
+    with client_package.Client(server[0], "secret") as ours:
+        video = ours.create(tmp_path / "a.png", "a hall", actions="w-24", seconds=3, seed=5)
+        streamed = b"".join(ours.stream(video.id))
+        assert ours.wait(video.id, lambda video: told.append(video.progress)).frames == 49 and told[-1] == 100
+        ours.save(video.id, tmp_path / "a.mp4", poses=tmp_path / "a.npz")
+        assert frames_of((tmp_path / "a.mp4").read_bytes()) == frames_of(streamed) == 49
+        assert np.load(tmp_path / "a.npz")["c2w"].shape == (49, 4, 4)
+        assert [model["id"] for model in ours.models()] == ["tiny-streaming"]
+        assert video.id in [each.id for each in ours.videos()]
+        ours.delete(video.id)
+        with ours.live(image=image, prompt="a hall", seed=5) as session:
+            assert session.act("w-24") == 0
+            fragments = []
+            for chunk in session.chunks():
+                fragments.append(chunk.fragment)
+                if chunk.first + chunk.frames == 25:
+                    session.end()
+            assert (session.closed, frames_of(b"".join(fragments))) == ("ended", 25)
+
+    async def made() -> int:
+        async with client_package.AsyncClient(server[0], "secret") as ours:
+            video = await ours.create(image, poses=np.eye(4)[None].repeat(25, 0), intrinsics=[60, 60, 48, 32])
+            await ours.wait(video.id, every=0.1)
+            await ours.save(video.id, tmp_path / "b.mp4")
+            await ours.delete(video.id)
+            return frames_of((tmp_path / "b.mp4").read_bytes())
+
+    assert asyncio.run(made()) == 25
+    command = [str(tmp_path / "a.png"), "--actions", "w-24", "--server", server[0], "--key", "secret"]
+    client_command.main([*command, "--out", str(tmp_path / "c.mp4"), "--poses", str(tmp_path / "c.npz")])
+    assert frames_of((tmp_path / "c.mp4").read_bytes()) == 25 and "100 %" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        client_command.main([*command[:-1], "none"])
+    assert "send a valid key" in capsys.readouterr().err
