@@ -377,12 +377,11 @@ class WorldPipeline:
         """
         if self.config.refiner.block_size is None:
             raise ValueError(f"the refiner of {self.config.name!r} sees the whole clip: give it one, with `refine`")
-        refiner: Any = self.part("refiner")
 
         def noise(number: int, block: Tensor) -> Tensor:
             return self._refiner_noise(block.shape, seeds, number)
 
-        return RefinerStream(refiner, text, text_mask, noise, known=known)
+        return RefinerStream(self.part("refiner"), text, text_mask, noise, known=known)  # type: ignore[arg-type]
 
     def _refiner_noise(self, shape: Sequence[int], seeds: Sequence[int], block: int = 0) -> Tensor:
         """Other noise than stage 1 draws from the same seeds."""

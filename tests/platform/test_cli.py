@@ -45,6 +45,6 @@ def test_the_version_is_the_packages(capsys):
     assert capsys.readouterr().out == "longtake 0.1.0\n"
 
 
-def test_every_script_in_jobs_is_a_job(root):
+def test_every_script_in_jobs_is_a_job_and_so_is_the_server(root):
     scripts = {path.stem.replace("_", "-") for path in (root / "jobs").glob("*.py")}
-    assert set(cli.jobs()) == scripts
+    assert set(cli.jobs()) == scripts | {"serve"}
