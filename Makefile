@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/longtake search-refine --preset tiny
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # tests of Ray mostly wait, for processes that start
+	$(BIN)/python -m pytest -q
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

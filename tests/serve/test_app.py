@@ -83,7 +83,7 @@ def server(
 
     def start() -> None:
         settings: dict[str, Any] = dict(weights=str(weights), store=str(store), keys=str(store / "keys.json"))
-        settings |= dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=5)
+        settings |= dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=15)
         serve.run(build(settings), name="longtake", route_prefix="/")
         while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
             time.sleep(0.2)
@@ -304,13 +304,13 @@ def test_a_live_session_does_what_it_is_told_and_says_so(server, client, image, 
     assert [(each["chunk"], each["actions"], each["sequence"]) for each in person.chunks if each["frames"] > 1] == [
         (0, "w-16,dw-8", 10), (1, "w-16,dw-8", 11), (2, "s-24", 12),
     ]  # fmt: skip
-    same = ask(client, image, seconds="3", seed=3)  # the same way, told beforehand
-    assert finished(client, same.id).status == "completed"
     video = client.videos.retrieve(started["session"])
     assert (video.status, video.progress) == ("in_progress", 0)
     person.say(type="end")
     assert person.until("closed")["reason"] == "ended"
     assert finished(client, video.id).seconds == "4.5"
+    same = ask(client, image, seconds="3", seed=3)  # the same way, told beforehand
+    assert finished(client, same.id).status == "completed"
     content = client.videos.download_content(video.id).read()
     assert frames_of(content) == frames_of(b"".join(person.fragments)) == 73
     there = server[1] / same.id / "video"
