@@ -9,6 +9,7 @@ VIDEO/content.mp4, thumbnail.jpg     when it is whole
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -63,8 +64,13 @@ class Results:
         return look
 
     def remove(self, folder: str) -> None:
-        if self._fs.exists(self.path(folder)):
-            self._fs.rm(self.path(folder), recursive=True)
+        """What a stage writes there meanwhile may stay until it is removed again."""
+        try:
+            if self._fs.exists(self.path(folder)):
+                self._fs.rm(self.path(folder), recursive=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
 
     def copy(self, video: str, to: str, chunks: int) -> None:
         """What another video needs that goes on after so many chunks of this one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import boto3
 import pytest
@@ -63,6 +64,23 @@ def test_latents_are_read_up_to_the_first_that_is_missing(results):
     with pytest.raises(FileNotFoundError):
         results.get("video/video/00000.m4s")
     results.remove("video")
+
+
+def test_a_video_can_be_removed_while_a_stage_still_writes_to_it(tmp_path, monkeypatch):
+    results, rmdir = Results(str(tmp_path)), os.rmdir
+    results.put("video/stage1/00000", b"x")
+
+    def too_early(path, **options) -> None:
+        """The folder is empty, and before it is gone there is another file."""
+        monkeypatch.undo()
+        results.put("video/stage1/00001", b"x")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", too_early)
+    results.remove("video")
+    assert results.has("video/stage1/00001")
+    results.remove("video")
+    assert not results.has("video")
 
 
 @pytest.fixture
