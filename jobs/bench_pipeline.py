@@ -82,7 +82,7 @@ class Bench:
 
     def path(self, seconds: float) -> Trajectory:
         config = self.config
-        chunk = config.vae_stride[0] * config.chunk_size
+        chunk = config.frames_per_chunk
         frames = max(1, round(seconds * config.fps / chunk)) * chunk
         return parse_actions(f"w-{frames}", fps=config.fps, image_size=config.image_size)
 

@@ -188,6 +188,11 @@ class WorldModelConfig:
         return self.refiner.text_dim != self.text_dim
 
     @property
+    def frames_per_chunk(self) -> int:
+        """Raw frames of a chunk; the first one has one more, the image."""
+        return self.vae_stride[0] * self.chunk_size
+
+    @property
     def most_latent_frames(self) -> int | None:
         """Of a video; None where it may go on for ever, as chunks do that see no more than a window of others."""
         return None if self.chunk_causal and self.chunk_window is not None else self.max_latent_frames

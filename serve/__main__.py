@@ -32,13 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     connect(num_cpus=16)
     from ray import serve
 
-    from longtake.serve.app import build
+    from longtake.serve.app import application
 
     serve.start(
         http_options={"host": args.host, "port": args.port, "request_timeout_s": None},
         logging_config={"log_level": "WARNING"},
     )
-    serve.run(build(given), name="longtake", route_prefix="/")
+    serve.run(application(settings), name="longtake", route_prefix="/")
     print(
         f"serving {settings.config.name} at http://{args.host}:{args.port}/v1/videos, files in {settings.store}",
         flush=True,

@@ -18,15 +18,14 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import longtake
-from longtake.serve.guard import BodyLimit, Guard, Key
+from longtake.serve.guard import BodyLimit, Guard
 from longtake.serve.ledger import COMPLETED, UNFINISHED, Record
 from longtake.serve.live import Live
 from longtake.serve.requests import Refused, VideoRequest, checked, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
-from longtake.serve.videos import Busy
+from longtake.serve.videos import WATCH_SECONDS, Busy
 
-_LONGEST_WAIT = 20.0  # seconds that one question to `Videos` may take
 _TYPES = {"video": ("content.mp4", "video/mp4"), "thumbnail": ("thumbnail.jpg", "image/jpeg")}
 _TYPES["poses"] = "path.npz", "application/octet-stream"
 _log = logging.getLogger("longtake.serve")
@@ -154,6 +153,7 @@ async def _unavailable(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(refused.body(), 503, refused.headers)
 
 
+Authorization = Annotated[str | None, Header(include_in_schema=False)]
 Id = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
 
 
@@ -195,34 +195,28 @@ class Api:
         self.results, self.guard = Results(settings.store), Guard(settings.keys)
         BodyLimit.most = settings.max_upload
 
-    def _owner(self, authorization: str | None) -> Key:
-        return self.guard.check(authorization)
-
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        """Of `Videos`."""
-        response = getattr(self.videos, method).remote(*arguments)
-        return await asyncio.wait_for(response, 2 * _LONGEST_WAIT)
+        """Of `Videos`. Refused when it is busy."""
+        try:
+            return await asyncio.wait_for(getattr(self.videos, method).remote(*arguments), 2 * WATCH_SECONDS)
+        except Busy as busy:
+            raise Refused(429, busy.message, headers={"Retry-After": str(busy.seconds)}) from None
 
     @app.post("/v1/videos", response_model=Video, openapi_extra=_BODY)
     async def create(
         self,
         request: Request,
-        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+        authorization: Authorization = None,
         idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
     ) -> Video:
         """Ask for a video. The same Idempotency-Key asks for the same one, however often it is sent."""
-        key = self._owner(authorization)
+        key = self.guard.check(authorization)
         given, upload = await _body(request)
         asked = parsed(given)
         limits = self.config, self.settings.max_seconds, self.settings.refines
         wanted = await asyncio.to_thread(checked, asked, upload, *limits)
-        try:
-            record = await self._ask(
-                "submit", key.name, wanted.request, wanted.frames, key.videos, idempotency_key, wanted.files
-            )
-        except Busy as busy:
-            raise Refused(429, busy.message, headers={"Retry-After": str(busy.seconds)}) from None
-        return self._video(record)
+        given_once = key.videos, idempotency_key, wanted.files
+        return self._video(await self._ask("submit", key.name, wanted.request, wanted.frames, *given_once))
 
     @app.get("/v1/videos", response_model=VideoList)
     async def page(
@@ -230,10 +224,10 @@ class Api:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, Query(max_length=64)] = None,
         order: Literal["asc", "desc"] = "desc",
-        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+        authorization: Authorization = None,
     ) -> VideoList:
         """Your videos, the newest first."""
-        key = self._owner(authorization)
+        key = self.guard.check(authorization)
         found = await self._ask("page", key.name, limit + 1, after, order == "desc")
         if found is None:
             raise Refused(404, "after: there is no such video", "after")
@@ -242,18 +236,14 @@ class Api:
         return VideoList(data=page, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
 
     @app.get("/v1/videos/{id}", response_model=Video)
-    async def retrieve(
-        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-    ) -> Video:
+    async def retrieve(self, id: Id, authorization: Authorization = None) -> Video:
         """How far it is."""
         return self._video(await self._record(id, authorization))
 
     @app.delete("/v1/videos/{id}", response_model=Deleted)
-    async def delete(
-        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-    ) -> Deleted:
+    async def delete(self, id: Id, authorization: Authorization = None) -> Deleted:
         """Stop it, if it is being made, and forget it."""
-        key = self._owner(authorization)
+        key = self.guard.check(authorization)
         if not await self._ask("delete", key.name, id):
             raise Refused(404, "there is no such video", "id")
         return Deleted(id=id)
@@ -263,7 +253,7 @@ class Api:
         self,
         id: Id,
         variant: Literal["video", "thumbnail", "poses"] = "video",
-        authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+        authorization: Authorization = None,
     ) -> Response:
         """The video as MP4, once it is completed; its first frame as JPEG; its poses as NumPy's .npz."""
         record = await self._record(id, authorization)
@@ -276,9 +266,7 @@ class Api:
         return Response(await asyncio.to_thread(self.results.get, name), media_type=kind)
 
     @app.get("/v1/videos/{id}/stream", response_class=StreamingResponse)
-    async def stream(
-        self, id: Id, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-    ) -> StreamingResponse:
+    async def stream(self, id: Id, authorization: Authorization = None) -> StreamingResponse:
         """The video as fragmented MP4, from its beginning, as it is made."""
         record = await self._record(id, authorization)
         parts = self._fragments(record)
@@ -296,7 +284,7 @@ class Api:
     async def _fragments(self, record: Record) -> AsyncIterator[bytes]:
         sent = 0
         while True:
-            found = await self._ask("watch", record.owner, record.id, sent, _LONGEST_WAIT)
+            found = await self._ask("watch", record.owner, record.id, sent, WATCH_SECONDS)
             if found is None:
                 return
             record, there = found
@@ -313,16 +301,14 @@ class Api:
         await Live(socket, self.settings, self.results, self.guard, self._ask).run()
 
     @app.get("/v1/models", response_model=ModelList)
-    async def models(self, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> ModelList:
+    async def models(self, authorization: Authorization = None) -> ModelList:
         """What videos are made by."""
-        self._owner(authorization)
+        self.guard.check(authorization)
         return ModelList(data=[self._model()])
 
     @app.get("/v1/models/{model}", response_model=Model)
-    async def model(
-        self, model: str, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-    ) -> Model:
-        self._owner(authorization)
+    async def model(self, model: str, authorization: Authorization = None) -> Model:
+        self.guard.check(authorization)
         if model != self.config.name:
             raise Refused(404, f"there is no such model, but {self.config.name!r}", "model")
         return self._model()
@@ -350,7 +336,7 @@ class Api:
         return "".join(lines)
 
     async def _record(self, id: str, authorization: str | None) -> Record:
-        record = await self._ask("get", self._owner(authorization).name, id)
+        record = await self._ask("get", self.guard.check(authorization).name, id)
         if record is None:
             raise Refused(404, "there is no such video", "id")
         return record
@@ -382,7 +368,7 @@ class Api:
             id=config.name,
             size=f"{width}x{height}",
             fps=config.fps,
-            chunk=config.vae_stride[0] * config.chunk_size,
+            chunk=config.frames_per_chunk,
             max_seconds=self.settings.max_seconds,
             refines=self.settings.refines,
             key_map=config.key_map,

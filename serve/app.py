@@ -15,8 +15,12 @@ _DRAIN_SECONDS = 30.0  # that a replica which is to end may go on with what it h
 
 
 def build(given: dict[str, Any]) -> Application:
-    """`Settings` as a Serve config's `args`. ValueError that names the field."""
-    settings = Settings.checked(given)
+    """Of `Settings` as a Serve config's `args`. ValueError that names the field."""
+    return application(Settings.checked(given))
+
+
+def application(settings: Settings) -> Application:
+    """Of settings that were checked."""
     drain: dict[str, Any] = dict(graceful_shutdown_timeout_s=_DRAIN_SECONDS)
     text = Text.options(**settings.text.options(), **drain).bind(settings)
     stage1 = Stage1.options(**settings.stage1.options(), **drain).bind(settings)

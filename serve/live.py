@@ -32,13 +32,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from longtake.model.camera import Steering, actions_length
 from longtake.serve.guard import Guard, Key
 from longtake.serve.ledger import UNFINISHED, Record
-from longtake.serve.requests import Refused, VideoRequest, checked, parsed
+from longtake.serve.requests import Refused, checked, named, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
-from longtake.serve.videos import Busy
+from longtake.serve.videos import WATCH_SECONDS
 
 _FIRST_WORD = 20.0  # seconds until a client must have begun
-_LONGEST_WAIT = 20.0  # seconds that one question to `Videos` may take
 _REFUSED, _LATER, _DONE = 1008, 1013, 1000  # codes of closing
 
 Ask = Callable[..., Awaitable[Any]]  # a method of `Videos` by its name
@@ -72,7 +71,7 @@ class Live:
                 "started",
                 session=record.id,
                 fps=self.config.fps,
-                chunk=self.config.vae_stride[0] * self.config.chunk_size,
+                chunk=self.config.frames_per_chunk,
                 size=f"{width}x{height}",
                 look_ahead=self.settings.look_ahead,
             )
@@ -108,25 +107,18 @@ class Live:
         )
         self.wait = said.pop("wait", False) is True
         kind = said.pop("type", None)
+        if kind == "start":
+            return key, await self._start(key, said), 0
+        if kind not in ("resume", "fork"):
+            raise Refused(400, "type: say first what to begin: start, resume or fork", "type")
         try:
-            if kind == "start":
-                return key, await self._start(key, said), 0
-            if kind not in ("resume", "fork"):
-                raise Refused(400, "type: say first what to begin: start, resume or fork", "type")
             going = _Going(**said)
-        except Busy as busy:
-            raise Refused(429, busy.message) from None
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            name = str(first["loc"][0])
-            raise Refused(400, f"{name}: {first['msg']}", name) from None
-        try:
-            if kind == "fork":
-                record = await self.ask("fork", key.name, going.session, going.chunks)
-            else:
-                record = await self.ask("get", key.name, going.session)
-        except Busy as busy:
-            raise Refused(429, busy.message) from None
+            raise named(error) from None
+        if kind == "fork":
+            record = await self.ask("fork", key.name, going.session, going.chunks)
+        else:
+            record = await self.ask("get", key.name, going.session)
         if record is None or not record.live:
             raise Refused(404, "session: there is no such session, or it has not so many chunks", "session")
         return key, record, going.fragments if kind == "resume" else 0
@@ -135,13 +127,13 @@ class Live:
         for name in ("actions", "poses", "seconds"):
             if name in said:
                 raise Refused(400, f"{name}: a session is told chunk by chunk", name)
-        request: VideoRequest = parsed(said | {"actions": "none-1"})
+        request = parsed(said | {"actions": "none-1"})
         limits = self.config, self.settings.max_seconds, self.settings.refines
         wanted = await asyncio.to_thread(checked, request, None, *limits, True)
         return await self.ask("open", key.name, wanted.request | {"live": True}, wanted.files)
 
     async def _listen(self, key: Key, record: Record) -> None:
-        chunk = self.config.vae_stride[0] * self.config.chunk_size
+        chunk = self.config.frames_per_chunk
         steering = Steering(record.request.get("key_map") or self.config.key_map, self.config.fps)
         while True:
             said = await self._hear()
@@ -167,9 +159,9 @@ class Live:
                 await self._say("received", sequence=sequence, chunk=number)
 
     async def _show(self, record: Record, sent: int) -> None:
-        chunk = self.config.vae_stride[0] * self.config.chunk_size
+        chunk = self.config.frames_per_chunk
         while True:
-            found = await self.ask("watch", record.owner, record.id, sent, _LONGEST_WAIT)
+            found = await self.ask("watch", record.owner, record.id, sent, WATCH_SECONDS)
             if found is None:
                 raise Refused(404, "session: it was deleted", "session")
             now, there = found

@@ -84,6 +84,13 @@ class VideoRequest(BaseModel):
             raise ValueError("is no JSON") from None
 
 
+def named(error: ValidationError) -> Refused:
+    """What a person is told of the first field that is wrong."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else None
+    return Refused(400, f"{name or 'body'}: {first['msg'].removeprefix('Value error, ')}", name)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A request, checked. frames: of the video; files: of its `Results`; request: what is kept of it."""
@@ -98,9 +105,7 @@ def parsed(given: dict[str, Any]) -> VideoRequest:
     try:
         return VideoRequest(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0]) if first["loc"] else None
-        raise Refused(400, f"{name or 'body'}: {first['msg'].removeprefix('Value error, ')}", name) from None
+        raise named(error) from None
 
 
 def checked(
@@ -128,7 +133,7 @@ def checked(
     }
     png, arrays = io.BytesIO(), io.BytesIO()
     ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS).save(png, "PNG")
-    whole = path.c2w[:1] if live else _whole_chunks(path.c2w, config.vae_stride[0] * config.chunk_size)
+    whole = path.c2w[:1] if live else _whole_chunks(path.c2w, config.frames_per_chunk)
     np.savez(arrays, c2w=whole.numpy(), intrinsics=path.intrinsics[0].numpy(), frames=path.num_frames)
     return Wanted(path.num_frames, {"image.png": png.getvalue(), "path.npz": arrays.getvalue()}, kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,11 @@ class Settings(_Strict):
             raise ValueError(f"keys: there is no file {settings.keys}")
         return settings
 
-    @property
+    @cached_property
     def config(self) -> WorldModelConfig:
-        preset = presets.get(self.preset)
-        return weights.config_for(preset, weights.resolve(preset, self.weights))
+        return weights.config_for(presets.get(self.preset), self.folder)
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Of the weights."""
         return weights.resolve(presets.get(self.preset), self.weights)

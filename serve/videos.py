@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 from ray import serve
@@ -21,6 +22,7 @@ from longtake.serve.settings import Settings
 from longtake.serve.task import ENDLESS, Task
 
 _ATTEMPTS = 8  # in a row, none of which made a chunk
+WATCH_SECONDS = 20.0  # that one `watch` lasts, at most
 _LONGEST_PAUSE = 10.0  # seconds between two
 _log = logging.getLogger("longtake.serve")
 
@@ -41,7 +43,7 @@ class Videos:
         self.settings, self.text, self.decoder = settings, text, decoder
         self.ledger, self.results = Ledger(settings.ledger), Results(settings.store)
         self._waiting: deque[str] = deque()
-        self._arriving: Counter[str] = Counter()  # of each owner, videos whose files are being written
+        self._arriving: Counter[tuple[bool, str]] = Counter()  # videos being written, by whether live, and owner
         self._tasks: dict[str, asyncio.Task] = {}
         self._seconds: deque[float] = deque(maxlen=32)  # that the last videos took
         self._moved = asyncio.Condition()
@@ -69,17 +71,14 @@ class Videos:
         if once and (before := self.ledger.once(owner, once)):
             return before
         unfinished = [record for record in self.ledger.unfinished() if not record.live]
-        if len(unfinished) + self._arriving.total() >= self.settings.max_queued + self.settings.max_running:
+        if len(unfinished) + self._coming(False) >= self.settings.max_queued + self.settings.max_running:
             raise Busy(f"{len(unfinished)} videos wait or are made: try again later", self._until_next())
-        own = sum(record.owner == owner for record in unfinished) + self._arriving[owner]
+        own = sum(record.owner == owner for record in unfinished) + self._arriving[False, owner]
         if own >= most:
             raise Busy(f"{own} of your videos wait or are made, and no more may be", self._until_next())
         record = Record(_new_id(), owner, request, total, once)
-        self._arriving[owner] += 1
-        try:
+        with self._arrival(False, owner):
             await self._put(record.id, given)
-        finally:
-            self._arriving[owner] -= 1
         if (kept := self.ledger.add(record)) is not record:  # the same request was sent twice at once
             await asyncio.to_thread(self.results.remove, record.id)
             return kept
@@ -91,11 +90,8 @@ class Videos:
         """Begin a live video. Busy when there are too many."""
         self._check_room()
         record = Record(_new_id(), owner, request, 0, status=RUNNING)
-        self._arriving[""] += 1
-        try:
+        with self._arrival(True, owner):
             await self._put(record.id, given)
-        finally:
-            self._arriving[""] -= 1
         return self._opened(record)
 
     async def fork(self, owner: str, id: str, chunks: int) -> Record | None:
@@ -108,16 +104,25 @@ class Videos:
         if parent is None or not parent.live or not 0 <= chunks <= min(there, self.ledger.given(id)):
             return None
         record = Record(_new_id(), owner, parent.request, 0, status=RUNNING)
-        self._arriving[""] += 1
-        try:
+        with self._arrival(True, owner):
             await asyncio.to_thread(self.results.copy, id, record.id, chunks)
-        finally:
-            self._arriving[""] -= 1
         self.ledger.copy_actions(id, record.id, chunks)
         return self._opened(record)
 
+    @contextlib.contextmanager
+    def _arrival(self, live: bool, owner: str) -> Iterator[None]:
+        """While a video's files are written, it counts."""
+        self._arriving[live, owner] += 1
+        try:
+            yield
+        finally:
+            self._arriving[live, owner] -= 1
+
+    def _coming(self, live: bool) -> int:
+        return sum(count for (of_live, _), count in self._arriving.items() if of_live == live)
+
     def _check_room(self) -> None:
-        live = sum(record.live for record in self.ledger.unfinished()) + self._arriving[""]
+        live = sum(record.live for record in self.ledger.unfinished()) + self._coming(True)
         if live >= self.settings.max_sessions:
             raise Busy(f"{live} sessions are open, and no more may be", max(1, round(self.settings.session_idle / 4)))
 
@@ -192,6 +197,7 @@ class Videos:
         if await self.get(owner, id) is None:
             return False
         self.ledger.remove(id)
+        self._ended.pop(id, None)
         if id in self._waiting:
             self._waiting.remove(id)
         await asyncio.to_thread(self.results.remove, id)

@@ -138,8 +138,7 @@ class Session:
     @property
     def actions_per_chunk(self) -> int:
         """Frames of actions that one step takes."""
-        config = self._pipeline.config
-        return config.vae_stride[0] * config.chunk_size
+        return self._pipeline.config.frames_per_chunk
 
     def step(self, actions: Actions = "", stop: Callable[[], bool] | None = None, known: Tensor | None = None) -> Chunk:
         """The next chunk, in which the camera does what `actions` say, such as "w-16,dw-8", and then holds its keys
@@ -342,17 +341,12 @@ def _made(asked: Sequence[_Asked]) -> list[tuple[Tensor, StreamState] | SessionS
 
     known = [each.known.to(noise) for each in asked if each.known is not None]
     try:
-        latents = (
-            torch.cat(known)
-            if known
-            else euler(
-                velocity,
-                noise,
-                sampler_sigmas(sampler),
-                0 if pasts[0].frames else 1,
-                fresh=fresh if sampler.fresh_noise else None,
-            )
-        )
+        if known:
+            latents = torch.cat(known)
+        else:
+            frozen = 0 if pasts[0].frames else 1
+            fresh_noise = fresh if sampler.fresh_noise else None
+            latents = euler(velocity, noise, sampler_sigmas(sampler), frozen, fresh=fresh_noise)
     except _AllStopped:
         return [stopped[number] for number in range(len(asked))]
     network.keep(latents, [noise.shape[2]])
@@ -370,6 +364,7 @@ def _check(pipeline: WorldPipeline, parts: Sequence[str]) -> None:
     config = pipeline.config
     if not config.chunk_causal:
         raise ValueError(f"the weights of {config.name!r} see the whole clip at once: use chunk-causal ones")
-    vae: Any = {name: pipeline.part(name) for name in parts}["vae"]
-    if not vae.config["decoder_causal"]:
+    for name in parts:
+        pipeline.part(name)
+    if not pipeline.part("vae").config["decoder_causal"]:  # type: ignore[index]
         raise ValueError("this autoencoder decodes whole videos: a session needs one with decoder_causal=True")

@@ -26,12 +26,7 @@ def check_tree(config: WorldModelConfig, branches: Sequence[Trajectory]) -> None
         raise ValueError(f"the decoder of {config.name!r} sees later frames: a tree needs decoder_causal=True")
     for branch in branches:
         assert branch.actions is not None
-        split_actions(branch.actions, chunk_frames(config))
-
-
-def chunk_frames(config: WorldModelConfig) -> int:
-    """Frames of actions that make one chunk."""
-    return config.vae_stride[0] * config.chunk_size
+        split_actions(branch.actions, config.frames_per_chunk)
 
 
 @dataclass(frozen=True)

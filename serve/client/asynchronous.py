@@ -9,15 +9,14 @@ from typing import Any
 
 import httpx
 
-from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, pause, refused
+from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
 
 
 class AsyncClient:
     """As `Client`, whose methods this one's are, awaited."""
 
     def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout: float = 60.0) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
+        self._http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers(key), timeout=timeout)
 
     async def __aenter__(self) -> AsyncClient:
         return self

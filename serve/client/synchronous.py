@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from longtake.serve.client.session import LiveSession
-from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, pause, refused
+from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
 
 
 class Client:
@@ -19,9 +19,8 @@ class Client:
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout: float = 60.0) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.url, self.key = url.rstrip("/"), key
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        self._http = httpx.Client(base_url=self.url, headers=headers(key), timeout=timeout)
 
     def __enter__(self) -> Client:
         return self

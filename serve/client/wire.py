@@ -55,6 +55,10 @@ class Video:
         return self
 
 
+def headers(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
 def creation(
     image: str | Path | bytes,
     prompt: str = "",
