@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Header, Path, Query, Request, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
@@ -18,10 +17,23 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import longtake
+from longtake.serve.answers import (
+    Candidate,
+    Deleted,
+    Error,
+    Failure,
+    Model,
+    ModelList,
+    SearchAnswer,
+    SearchDeleted,
+    SearchList,
+    Video,
+    VideoList,
+)
 from longtake.serve.guard import BodyLimit, Guard
-from longtake.serve.ledger import COMPLETED, UNFINISHED, Record
+from longtake.serve.ledger import COMPLETED, UNFINISHED, Record, Search
 from longtake.serve.live import Live
-from longtake.serve.requests import Refused, VideoRequest, checked, parsed
+from longtake.serve.requests import Refused, SearchRequest, VideoRequest, candidates, checked, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
 from longtake.serve.videos import WATCH_SECONDS, Busy
@@ -31,96 +43,20 @@ _TYPES["poses"] = "path.npz", "application/octet-stream"
 _log = logging.getLogger("longtake.serve")
 
 
-class Failure(BaseModel):
-    code: str
-    message: str
-
-
-class Video(BaseModel):
-    """As OpenAI's, and what was asked for. progress: percent."""
-
-    id: str
-    object: Literal["video"] = "video"
-    model: str
-    status: Literal["queued", "in_progress", "completed", "failed"]
-    progress: int
-    created_at: int
-    completed_at: int | None = None
-    expires_at: int | None = None
-    seconds: str
-    size: str
-    prompt: str
-    seed: int
-    actions: str | None = None
-    refine: bool
-    frames: int
-    remixed_from_video_id: str | None = None
-    error: Failure | None = None
-
-
-class VideoList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class Deleted(BaseModel):
-    id: str
-    object: Literal["video.deleted"] = "video.deleted"
-    deleted: Literal[True] = True
-
-
-class Model(BaseModel):
-    """size: WIDTHxHEIGHT; chunk: frames that are made at a time."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int = 0
-    owned_by: str = "longtake"
-    size: str
-    fps: float
-    chunk: int
-    max_seconds: float
-    refines: bool
-    key_map: str
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorBody
-
-
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 404, 405, 409, 413, 422, 429, 503)
 }
-_SCHEMA = VideoRequest.model_json_schema()
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _SCHEMA},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": _SCHEMA["properties"] | {"input_reference": {"type": "string", "format": "binary"}},
-                }
-            },
-        },
+
+
+def _body_of(kind: type[VideoRequest]) -> dict[str, Any]:
+    schema = kind.model_json_schema()
+    properties = schema["properties"] | {"input_reference": {"type": "string", "format": "binary"}}
+    content = {
+        "application/json": {"schema": schema},
+        "multipart/form-data": {"schema": {"type": "object", "properties": properties}},
     }
-}
+    return {"requestBody": {"required": True, "content": content}}
+
 
 app = FastAPI(title="Longtake", version=longtake.__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
 app.add_middleware(BodyLimit)
@@ -154,7 +90,9 @@ async def _unavailable(_: Request, error: Exception) -> JSONResponse:
 
 
 Authorization = Annotated[str | None, Header(include_in_schema=False)]
+Once = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
 Id = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
+SearchId = Annotated[str, Path(pattern=r"^search_[0-9a-f]{32}$")]
 
 
 async def _body(request: Request) -> tuple[dict[str, Any], bytes | None]:
@@ -192,7 +130,7 @@ class Api:
 
     def __init__(self, settings: Settings, videos: DeploymentHandle) -> None:
         self.settings, self.videos, self.config = settings, videos, settings.config
-        self.results, self.guard = Results(settings.store), Guard(settings.keys)
+        self.results, self.guard, self.limits = Results(settings.store), Guard(settings.keys), settings.limits
         BodyLimit.most = settings.max_upload
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
@@ -202,19 +140,17 @@ class Api:
         except Busy as busy:
             raise Refused(429, busy.message, headers={"Retry-After": str(busy.seconds)}) from None
 
-    @app.post("/v1/videos", response_model=Video, openapi_extra=_BODY)
+    @app.post("/v1/videos", response_model=Video, openapi_extra=_body_of(VideoRequest))
     async def create(
         self,
         request: Request,
         authorization: Authorization = None,
-        idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+        idempotency_key: Once = None,
     ) -> Video:
         """Ask for a video. The same Idempotency-Key asks for the same one, however often it is sent."""
         key = self.guard.check(authorization)
         given, upload = await _body(request)
-        asked = parsed(given)
-        limits = self.config, self.settings.max_seconds, self.settings.refines
-        wanted = await asyncio.to_thread(checked, asked, upload, *limits)
+        wanted = await asyncio.to_thread(checked, parsed(given, VideoRequest), upload, self.limits)
         given_once = key.videos, idempotency_key, wanted.files
         return self._video(await self._ask("submit", key.name, wanted.request, wanted.frames, *given_once))
 
@@ -296,6 +232,49 @@ class Api:
             if record.status not in UNFINISHED:
                 return
 
+    @app.post("/v1/searches", response_model=SearchAnswer, openapi_extra=_body_of(SearchRequest))
+    async def search(
+        self, request: Request, authorization: Authorization = None, idempotency_key: Once = None
+    ) -> SearchAnswer:
+        """Ask for many videos of one image, of which the best are kept, and refined where the server does."""
+        key = self.guard.check(authorization)
+        given, upload = await _body(request)
+        asked = parsed(given, SearchRequest)
+        kept, wanted = await asyncio.to_thread(candidates, asked, upload, self.limits)
+        return self._search(await self._ask("search", key.name, kept, wanted, key.videos, idempotency_key))
+
+    @app.get("/v1/searches", response_model=SearchList)
+    async def searches(
+        self,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: Annotated[str | None, Query(max_length=64)] = None,
+        order: Literal["asc", "desc"] = "desc",
+        authorization: Authorization = None,
+    ) -> SearchList:
+        """Your searches, the newest first."""
+        key = self.guard.check(authorization)
+        found = await self._ask("page_searches", key.name, limit + 1, after, order == "desc")
+        if found is None:
+            raise Refused(404, "after: there is no such search", "after")
+        page = [self._search(each) for each in found[:limit]]
+        ids = [search.id for search in page] or [None]
+        return SearchList(data=page, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
+
+    @app.get("/v1/searches/{id}", response_model=SearchAnswer)
+    async def retrieve_search(self, id: SearchId, authorization: Authorization = None) -> SearchAnswer:
+        """Its candidates, with their scores as soon as they are whole."""
+        found = await self._ask("get_search", self.guard.check(authorization).name, id)
+        if found is None:
+            raise Refused(404, "there is no such search", "id")
+        return self._search(found)
+
+    @app.delete("/v1/searches/{id}", response_model=SearchDeleted)
+    async def delete_search(self, id: SearchId, authorization: Authorization = None) -> SearchDeleted:
+        """Stop it, and forget it with all its videos."""
+        if not await self._ask("delete_search", self.guard.check(authorization).name, id):
+            raise Refused(404, "there is no such search", "id")
+        return SearchDeleted(id=id)
+
     @app.websocket("/v1/sessions")
     async def session(self, socket: WebSocket) -> None:
         await Live(socket, self.settings, self.results, self.guard, self._ask).run()
@@ -359,6 +338,44 @@ class Api:
             refine=request["refine"],
             frames=frames,
             error=None if record.error is None else Failure(code="failed", message=record.error),
+        )
+
+    def _search(self, found: tuple[Search, dict[str, Record]]) -> SearchAnswer:
+        search, records = found
+        height, width = self.config.image_size
+        made = []
+        for each in search.candidates:
+            record, refined = records.get(each["video"]), records.get(each.get("refined", ""))
+            made.append(
+                Candidate(
+                    video=each["video"],
+                    actions=each["actions"],
+                    seed=each["seed"],
+                    status="deleted" if record is None else record.status,  # type: ignore[arg-type]
+                    progress=0 if record is None else record.progress,
+                    scores=each.get("scores", {}),
+                    score=each.get("total"),
+                    kept=each.get("kept", False),
+                    refined=None if refined is None else refined.id,
+                )
+            )
+        todo = [record.progress for record in records.values()]
+        missing = search.request["keep"] * search.request["refine"] - (len(records) - len(search.candidates))
+        whole = search.status == COMPLETED
+        return SearchAnswer(
+            id=search.id,
+            model=search.request["model"],
+            status=search.status,  # type: ignore[arg-type]
+            progress=100 if whole else min(99, sum(todo) // max(1, len(todo) + max(0, missing))),
+            created_at=int(search.created_at),
+            completed_at=None if search.completed_at is None else int(search.completed_at),
+            seconds=f"{search.request['seconds']:g}",
+            size=f"{width}x{height}",
+            prompt=search.request["prompt"],
+            keep=search.request["keep"],
+            refine=search.request["refine"],
+            candidates=made,
+            error=None if search.error is None else Failure(code="failed", message=search.error),
         )
 
     def _model(self) -> Model:

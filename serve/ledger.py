@@ -7,7 +7,7 @@ import sqlite3
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 QUEUED, RUNNING, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 UNFINISHED = (QUEUED, RUNNING)
@@ -18,6 +18,9 @@ CREATE TABLE IF NOT EXISTS videos (
     created_at REAL NOT NULL, started_at REAL, completed_at REAL,
     parts INTEGER NOT NULL, total INTEGER NOT NULL, error TEXT, UNIQUE (owner, once));
 CREATE INDEX IF NOT EXISTS by_time ON videos (owner, created_at, id);
+CREATE TABLE IF NOT EXISTS searches (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, once TEXT, status TEXT NOT NULL, request TEXT NOT NULL,
+    created_at REAL NOT NULL, completed_at REAL, candidates TEXT NOT NULL, error TEXT, UNIQUE (owner, once));
 CREATE TABLE IF NOT EXISTS actions (
     id TEXT NOT NULL, number INTEGER NOT NULL, keys TEXT NOT NULL, sequence INTEGER, PRIMARY KEY (id, number))
     WITHOUT ROWID;
@@ -55,39 +58,60 @@ class Record:
         return bool(self.request.get("live"))
 
 
-_FIELDS = [each.name for each in fields(Record)]
+@dataclass
+class Search:
+    """Videos of which the best are kept. candidates: of each its `video`, what it was asked for, its `scores` and their
+    weighted `total` once it is whole, whether it is `kept`, and the video that is `refined` from it.
+    """
+
+    id: str
+    owner: str
+    request: dict[str, Any]
+    candidates: list[dict[str, Any]]
+    once: str | None = None
+    status: str = QUEUED
+    created_at: float = field(default_factory=time.time)
+    completed_at: float | None = None
+    error: str | None = None
 
 
-class Ledger:
-    """Used by one process."""
+_JSON = {"request", "candidates"}  # columns
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")  # what was accepted outlasts a power cut
-        self._db.executescript(_TABLE)
 
-    def add(self, record: Record) -> Record:
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, dict | list) else value
+
+
+Kept = TypeVar("Kept", Record, Search)
+
+
+class Table(Generic[Kept]):
+    """What one table keeps of each owner."""
+
+    def __init__(self, db: sqlite3.Connection, name: str, kind: type[Kept]) -> None:
+        self._db, self._name, self._kind = db, name, kind
+        self._fields = [each.name for each in fields(kind)]
+
+    def add(self, record: Kept) -> Kept:
         """The record, or the one that its owner asked for with the same `once` before."""
-        values = [json.dumps(record.request) if name == "request" else getattr(record, name) for name in _FIELDS]
-        places = ", ".join("?" * len(_FIELDS))
+        values = [_plain(getattr(record, name)) for name in self._fields]
+        places = ", ".join("?" * len(values))
         try:
-            self._db.execute(f"INSERT INTO videos ({', '.join(_FIELDS)}) VALUES ({places})", values)
+            self._db.execute(f"INSERT INTO {self._name} ({', '.join(self._fields)}) VALUES ({places})", values)
         except sqlite3.IntegrityError:
             (before,) = self._select("WHERE owner = ? AND once = ?", record.owner, record.once)
             return before
         return record
 
-    def get(self, id: str) -> Record | None:
+    def get(self, id: str) -> Kept | None:
         found = self._select("WHERE id = ?", id)
         return found[0] if found else None
 
-    def once(self, owner: str, once: str) -> Record | None:
+    def once(self, owner: str, once: str) -> Kept | None:
         found = self._select("WHERE owner = ? AND once = ?", owner, once)
         return found[0] if found else None
 
-    def page(self, owner: str, limit: int, after: Record | None, newest_first: bool) -> list[Record]:
+    def page(self, owner: str, limit: int, after: Kept | None, newest_first: bool) -> list[Kept]:
         """A page of an owner's, after one of them."""
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
         where, values = "WHERE owner = ?", [owner]
@@ -96,16 +120,41 @@ class Ledger:
             values += [after.created_at, after.id]
         return self._select(f"{where} ORDER BY created_at {order}, id {order} LIMIT ?", *values, limit)
 
-    def unfinished(self) -> list[Record]:
+    def unfinished(self) -> list[Kept]:
         """The oldest first."""
         return self._select("WHERE status IN (?, ?) ORDER BY created_at, id", *UNFINISHED)
 
     def update(self, id: str, **values: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in values)
-        self._db.execute(f"UPDATE videos SET {names} WHERE id = ?", [*values.values(), id])
+        self._db.execute(f"UPDATE {self._name} SET {names} WHERE id = ?", [*map(_plain, values.values()), id])
 
     def remove(self, id: str) -> None:
-        self._db.execute("DELETE FROM videos WHERE id = ?", [id])
+        self._db.execute(f"DELETE FROM {self._name} WHERE id = ?", [id])
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each status."""
+        return dict(self._db.execute(f"SELECT status, COUNT(*) FROM {self._name} GROUP BY status").fetchall())
+
+    def _select(self, where: str, *values: Any) -> list[Kept]:
+        rows = self._db.execute(f"SELECT {', '.join(self._fields)} FROM {self._name} {where}", values).fetchall()
+        named = (dict(zip(self._fields, row, strict=True)) for row in rows)
+        return [self._kind(**each | {name: json.loads(each[name]) for name in _JSON & each.keys()}) for each in named]
+
+
+class Ledger(Table[Record]):
+    """Of videos, with their `searches` beside them. Used by one process."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")  # what was accepted outlasts a power cut
+        db.executescript(_TABLE)
+        super().__init__(db, "videos", Record)
+        self.searches = Table(db, "searches", Search)
+
+    def remove(self, id: str) -> None:
+        super().remove(id)
         self._db.execute("DELETE FROM actions WHERE id = ?", [id])
 
     def act(self, id: str, number: int, keys: str, sequence: int | None) -> None:
@@ -126,12 +175,3 @@ class Ledger:
         """The first ones, to another live video."""
         of = "SELECT ?, number, keys, sequence FROM actions WHERE id = ? AND number < ?"
         self._db.execute(f"INSERT INTO actions {of}", [to, id, chunks])
-
-    def counts(self) -> dict[str, int]:
-        """Videos by status."""
-        return dict(self._db.execute("SELECT status, COUNT(*) FROM videos GROUP BY status").fetchall())
-
-    def _select(self, where: str, *values: Any) -> list[Record]:
-        rows = self._db.execute(f"SELECT {', '.join(_FIELDS)} FROM videos {where}", values).fetchall()
-        named = (dict(zip(_FIELDS, row, strict=True)) for row in rows)
-        return [Record(**{**each, "request": json.loads(each["request"])}) for each in named]

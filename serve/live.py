@@ -32,7 +32,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from longtake.model.camera import Steering, actions_length
 from longtake.serve.guard import Guard, Key
 from longtake.serve.ledger import UNFINISHED, Record
-from longtake.serve.requests import Refused, checked, named, parsed
+from longtake.serve.requests import Refused, VideoRequest, checked, named, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
 from longtake.serve.videos import WATCH_SECONDS
@@ -127,9 +127,8 @@ class Live:
         for name in ("actions", "poses", "seconds"):
             if name in said:
                 raise Refused(400, f"{name}: a session is told chunk by chunk", name)
-        request = parsed(said | {"actions": "none-1"})
-        limits = self.config, self.settings.max_seconds, self.settings.refines
-        wanted = await asyncio.to_thread(checked, request, None, *limits, True)
+        request = parsed(said | {"actions": "none-1"}, VideoRequest)
+        wanted = await asyncio.to_thread(checked, request, None, self.settings.limits, True)
         return await self.ask("open", key.name, wanted.request | {"live": True}, wanted.files)
 
     async def _listen(self, key: Key, record: Record) -> None:

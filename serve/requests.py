@@ -11,7 +11,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from longtake.model.camera import (
     repeated_actions,
 )
 from longtake.model.config import WorldModelConfig
+from longtake.platform.evaluate.scores import WEIGHTS
+from longtake.platform.search.selection import NAMES
 
 _MOST_PIXELS = 64 << 20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -73,7 +75,7 @@ class VideoRequest(BaseModel):
     fov_deg: float = Field(75.0, ge=25, le=120, description="Horizontal field of view, where no intrinsics are given.")
     refine: bool | None = Field(None, description="By default what the server can.")
 
-    @field_validator("poses", "intrinsics", mode="before")
+    @field_validator("poses", "intrinsics", "candidates", "scores", mode="before", check_fields=False)
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -82,6 +84,28 @@ class VideoRequest(BaseModel):
             return json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError("is no JSON") from None
+
+
+class SearchRequest(VideoRequest):
+    """As a video, but for where the camera goes: of many ways each is tried with `seeds` seeds, the first being `seed`,
+    and the `keep` best are refined where the server does.
+    """
+
+    actions: None = Field(None, exclude=True)
+    poses: None = Field(None, exclude=True)
+    candidates: list[Annotated[str, Field(max_length=20000)]] = Field(min_length=1, max_length=256)
+    seeds: int = Field(1, ge=1, le=64)
+    keep: int = Field(1, ge=1, le=64)
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
+        None, description=f"Weights of {', '.join(NAMES)}; by default {json.dumps(WEIGHTS)}."
+    )
+
+    @field_validator("scores")
+    @classmethod
+    def _known(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and (set(value) - set(NAMES) or not any(value.values())):
+            raise ValueError(f"give some of {', '.join(NAMES)} weights, which are not all 0")
+        return value
 
 
 def named(error: ValidationError) -> Refused:
@@ -100,36 +124,76 @@ class Wanted:
     request: dict[str, Any]
 
 
-def parsed(given: dict[str, Any]) -> VideoRequest:
+Request = TypeVar("Request", bound=VideoRequest)
+
+
+def parsed(given: dict[str, Any], kind: type[Request]) -> Request:
     """Refused, naming the field."""
     try:
-        return VideoRequest(**given)
+        return kind(**given)
     except ValidationError as error:
         raise named(error) from None
 
 
-def checked(
-    request: VideoRequest,
-    upload: bytes | None,
-    config: WorldModelConfig,
-    max_seconds: float,
-    refines: bool,
-    live: bool = False,
-) -> Wanted:
+@dataclass(frozen=True)
+class Limits:
+    """Of one server. most: candidates of a search."""
+
+    config: WorldModelConfig
+    max_seconds: float
+    refines: bool
+    most: int
+
+
+def candidates(request: SearchRequest, upload: bytes | None, limits: Limits) -> tuple[dict[str, Any], list[Wanted]]:
+    """What is kept of the search, and the videos of its candidates, unrefined. Refused, naming the field."""
+    if (count := len(request.candidates) * request.seeds) > limits.most:
+        raise Refused(400, f"candidates: {count} are too many, at most {limits.most} are made here", "candidates")
+    if request.refine and not limits.refines:
+        raise Refused(400, "refine: this server does not refine", "refine")
+    if request.keep > count:
+        raise Refused(400, f"keep: {request.keep} of {count} candidates cannot be kept", "keep")
+    common = request.model_dump(include=set(VideoRequest.model_fields) - {"actions", "poses", "seed", "refine"})
+    image, found = _image_of(request, upload), []
+    for actions in request.candidates:
+        for seed in range(request.seed, request.seed + request.seeds):
+            try:
+                one = VideoRequest(**common, actions=actions, seed=seed, refine=False)
+                found.append(_wanted(one, image, limits))
+            except ValidationError as error:
+                raise named(error) from None
+            except Refused as refused:
+                message = refused.message.removeprefix("actions: ")
+                name = "candidates" if refused.param == "actions" else refused.param
+                raise Refused(refused.status, f"{name}: {message}", name) from None
+    kept = request.model_dump(include={"prompt", "keep", "scores"}, exclude_none=True)
+    kept |= {"model": limits.config.name, "seconds": max(each.request["seconds"] for each in found)}
+    return kept | {"refine": limits.refines if request.refine is None else request.refine}, found
+
+
+def checked(request: VideoRequest, upload: bytes | None, limits: Limits, live: bool = False) -> Wanted:
     """live: the path is only where the camera begins. Refused, naming the field."""
+    return _wanted(request, _image_of(request, upload), limits, live)
+
+
+def _image_of(request: VideoRequest, upload: bytes | None) -> Image.Image:
+    return _image(upload if upload is not None else _decoded(request.image))
+
+
+def _wanted(request: VideoRequest, image: Image.Image, limits: Limits, live: bool = False) -> Wanted:
+    config = limits.config
     height, width = config.image_size
     if request.model not in (None, config.name):
         raise Refused(404, f"there is no model {request.model!r} here, but {config.name!r}", "model")
     if request.size not in (None, f"{width}x{height}"):
         raise Refused(400, f"size: this model makes {width}x{height}", "size")
-    if request.refine and not refines:
+    if request.refine and not limits.refines:
         raise Refused(400, "refine: this server does not refine", "refine")
-    image = _image(upload if upload is not None else _decoded(request.image))
-    path = _path(request, config, (image.height, image.width), max_seconds)
+    path = _path(request, config, (image.height, image.width), limits.max_seconds)
     kept = request.model_dump(exclude={"image", "poses"}, exclude_none=True) | {
         "model": config.name,
         "seconds": (path.num_frames - 1) / config.fps,
-        "refine": refines if request.refine is None else request.refine,
+        "refine": limits.refines if request.refine is None else request.refine,
     }
     png, arrays = io.BytesIO(), io.BytesIO()
     ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS).save(png, "PNG")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import fsspec
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longtake.platform.store import files
 
+STATE = "stage1", "refined", "text.safetensors"  # of a video, from which its stages go on
 _LOOK_SECONDS = 0.5
 
 
@@ -74,9 +75,16 @@ class Results:
 
     def copy(self, video: str, to: str, chunks: int) -> None:
         """What another video needs that goes on after so many chunks of this one."""
-        names = ["image.png", "path.npz", "text.safetensors", *(f"stage1/{n:05}" for n in range(chunks))]
+        self._copy(video, to, ["image.png", "path.npz", "text.safetensors"])
+        self.lend(video, to, chunks)
+
+    def lend(self, video: str, to: str, chunks: int) -> None:
+        """The latents of the first chunks, to another video that begins like this one."""
+        self._copy(video, to, [f"stage1/{number:05}" for number in range(chunks)])
+
+    def _copy(self, video: str, to: str, names: Iterable[str]) -> None:
         for name in names:
-            if self.has(f"{video}/{name}"):
+            if self.has(f"{video}/{name}") and not self.has(f"{to}/{name}"):
                 self.put(f"{to}/{name}", self.get(f"{video}/{name}"))
 
     def folders(self) -> list[str]:

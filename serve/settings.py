@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from longtake.model import presets, weights
 from longtake.model.config import WorldModelConfig
+from longtake.serve.requests import Limits
 
 
 class _Strict(BaseModel):
@@ -124,6 +125,10 @@ class Settings(_Strict):
     @property
     def refines(self) -> bool:
         return self.config.refiner.block_size is not None if self.refine is None else self.refine
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.config, self.max_seconds, self.refines, self.max_running + self.max_queued)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -34,8 +34,12 @@ from longtake.model.pipeline import WorldPipeline
 from longtake.model.refiner import RefinerStream
 from longtake.model.vae import decode_more
 from longtake.platform.engine import Actions, Engine, Session, SessionStopped
+from longtake.platform.evaluate.novelty import describe
+from longtake.platform.evaluate.sample import Sample
+from longtake.platform.evaluate.scores import score
 from longtake.platform.store.fragments import encode_fragment, remux
-from longtake.serve.results import Results
+from longtake.platform.store.video import frames_of
+from longtake.serve.results import STATE, Results
 from longtake.serve.settings import Settings
 from longtake.serve.task import Task
 
@@ -207,8 +211,22 @@ class Decode(Stage):
         with TemporaryDirectory() as scratch:
             remux(glued, whole := Path(scratch) / "content.mp4")
             self.results.put(f"{video}/content.mp4", whole.read_bytes())
-        for made in ("stage1", "refined", "text.safetensors"):  # nothing goes on from these any more
+        for made in ("refined", "text.safetensors") if task.draft else STATE:  # nothing goes on from these any more
             self.results.remove(f"{video}/{made}")
+
+    async def judge(self, video: str) -> tuple[dict[str, float], str]:
+        """Scores of a whole video, and what its novelty is computed from."""
+        return await asyncio.to_thread(self._judge, video)
+
+    def _judge(self, video: str) -> tuple[dict[str, float], str]:
+        with np.load(io.BytesIO(self.results.get(f"{video}/path.npz"))) as path:
+            sample = Sample(int(path["frames"]))
+            c2w = path["c2w"][sample.indices]
+            intrinsics = np.broadcast_to(path["intrinsics"], (len(c2w), 4))
+        with TemporaryDirectory() as scratch:
+            (whole := Path(scratch) / "content.mp4").write_bytes(self.results.get(f"{video}/content.mp4"))
+            frames = sample.of(frame[None] for frame in frames_of(whole)).frames()
+        return score(frames, c2w, intrinsics, self.config.fps, sample.indices), describe(frames)
 
     def _write_path(self, video: str) -> None:
         """Where the camera went, once that is known."""

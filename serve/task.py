@@ -11,6 +11,7 @@ ENDLESS = 1 << 60
 class Task:
     """The rest lies in the video's `Results`. run: which attempt to make it this is; a later one takes over. frames: of
     the video. live: where the camera goes is asked of `Videos`, chunk by chunk, in keys of `key_map`.
+    draft: other videos go on from its latents, which are kept.
     """
 
     id: str
@@ -20,3 +21,4 @@ class Task:
     refine: bool
     live: bool = False
     key_map: str | None = None
+    draft: bool = False

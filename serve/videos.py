@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ray import serve
@@ -16,8 +16,10 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from longtake.platform.observe.job import user_message
-from longtake.serve.ledger import COMPLETED, FAILED, QUEUED, RUNNING, UNFINISHED, Ledger, Record
+from longtake.serve.ledger import COMPLETED, FAILED, QUEUED, RUNNING, UNFINISHED, Ledger, Record, Search
+from longtake.serve.requests import Wanted
 from longtake.serve.results import Results
+from longtake.serve.searches import Searches
 from longtake.serve.settings import Settings
 from longtake.serve.task import ENDLESS, Task
 
@@ -54,12 +56,15 @@ class Videos:
         for record in self.ledger.unfinished():
             if record.live:
                 self._tasks[record.id] = asyncio.create_task(self._make(record.id))
+            elif self.ledger.searches.get(record.request.get("search", "")) is None and "search" in record.request:
+                self.ledger.remove(record.id)  # its search was not accepted
             else:
                 self.ledger.update(record.id, status=QUEUED)
                 self._waiting.append(record.id)
         for id in await asyncio.to_thread(self.results.folders):
             if id.startswith("video_") and self.ledger.get(id) is None:  # deleted while a stage still wrote
                 await asyncio.to_thread(self.results.remove, id)
+        self.searches = Searches(self)
         self._start()
 
     async def submit(
@@ -70,21 +75,72 @@ class Videos:
         """
         if once and (before := self.ledger.once(owner, once)):
             return before
+        return (await self.accept(owner, [(request, total, given)], most, once))[0]
+
+    async def accept(
+        self,
+        owner: str,
+        wanted: Sequence[tuple[dict[str, Any], int, dict[str, bytes]]],
+        most: int,
+        once: str | None = None,
+    ) -> list[Record]:
+        """All of these videos, by request, frames and files, or none. Busy as `submit`. With a `once` it is one."""
         unfinished = [record for record in self.ledger.unfinished() if not record.live]
-        if len(unfinished) + self._coming(False) >= self.settings.max_queued + self.settings.max_running:
+        room = self.settings.max_queued + self.settings.max_running
+        if len(unfinished) + self._coming(False) + len(wanted) > room:
             raise Busy(f"{len(unfinished)} videos wait or are made: try again later", self._until_next())
         own = sum(record.owner == owner for record in unfinished) + self._arriving[False, owner]
-        if own >= most:
-            raise Busy(f"{own} of your videos wait or are made, and no more may be", self._until_next())
-        record = Record(_new_id(), owner, request, total, once)
-        with self._arrival(False, owner):
-            await self._put(record.id, given)
-        if (kept := self.ledger.add(record)) is not record:  # the same request was sent twice at once
-            await asyncio.to_thread(self.results.remove, record.id)
-            return kept
-        self._waiting.append(record.id)
+        if own + len(wanted) > most:
+            raise Busy(f"{own} of your videos wait or are made, and at most {most} may be", self._until_next())
+        records = [Record(_new_id(), owner, request, total, once) for request, total, _ in wanted]
+        with self._arrival(False, owner, len(records)):
+            for record, (_, _, given) in zip(records, wanted, strict=True):
+                await self._put(record.id, given)
+        for number, record in enumerate(records):
+            if (kept := self.ledger.add(record)) is not record:  # the same request was sent twice at once
+                await asyncio.to_thread(self.results.remove, record.id)
+                records[number] = kept
+            else:
+                self._waiting.append(record.id)
+        self._start()
+        return records
+
+    async def go_on(self, parent: Record, request: dict[str, Any]) -> Record:
+        """A video from the latents of another, as the first that waits."""
+        once = f"\0of {parent.id}"  # which no client can send
+        if before := self.ledger.once(parent.owner, once):
+            return before
+        record = Record(_new_id(), parent.owner, request, parent.total, once)
+        there = await asyncio.to_thread(self.results.numbered, f"{parent.id}/stage1")
+        await asyncio.to_thread(self.results.copy, parent.id, record.id, there)
+        self.ledger.add(record)
+        self._waiting.appendleft(record.id)
         self._start()
         return record
+
+    async def done(self, id: str) -> Record | None:
+        """Wait until it is; None when there is none any more."""
+        while (record := self.ledger.get(id)) is not None and record.status in UNFINISHED:
+            async with self._moved:
+                await self._moved.wait()
+        return record
+
+    async def search(
+        self, owner: str, request: dict[str, Any], wanted: Sequence[Wanted], most: int, once: str | None
+    ) -> tuple[Search, dict[str, Record]] | None:
+        search = await self.searches.submit(owner, request, wanted, most, once)
+        return self.searches.get(owner, search.id)
+
+    async def get_search(self, owner: str, id: str) -> tuple[Search, dict[str, Record]] | None:
+        return self.searches.get(owner, id)
+
+    async def page_searches(
+        self, owner: str, limit: int, after: str | None, newest_first: bool
+    ) -> list[tuple[Search, dict[str, Record]]] | None:
+        return self.searches.page(owner, limit, after, newest_first)
+
+    async def delete_search(self, owner: str, id: str) -> bool:
+        return await self.searches.delete(owner, id)
 
     async def open(self, owner: str, request: dict[str, Any], given: dict[str, bytes]) -> Record:
         """Begin a live video. Busy when there are too many."""
@@ -110,13 +166,13 @@ class Videos:
         return self._opened(record)
 
     @contextlib.contextmanager
-    def _arrival(self, live: bool, owner: str) -> Iterator[None]:
-        """While a video's files are written, it counts."""
-        self._arriving[live, owner] += 1
+    def _arrival(self, live: bool, owner: str, count: int = 1) -> Iterator[None]:
+        """While videos' files are written, they count."""
+        self._arriving[live, owner] += count
         try:
             yield
         finally:
-            self._arriving[live, owner] -= 1
+            self._arriving[live, owner] -= count
 
     def _coming(self, live: bool) -> int:
         return sum(count for (of_live, _), count in self._arriving.items() if of_live == live)
@@ -288,9 +344,12 @@ class Videos:
             return
         if not await asyncio.to_thread(self.results.has, f"{record.id}/text.safetensors"):
             await self.text.read.remote(record.id, request["prompt"], request["refine"])
+        if draft := "search" in request:
+            await self.searches.begin(record)
         frames = ENDLESS if record.live else record.total
         self._runs[record.id] = run = uuid.uuid4().hex
-        task = Task(record.id, run, request["seed"], frames, request["refine"], record.live, request.get("key_map"))
+        keys = request.get("key_map")
+        task = Task(record.id, run, request["seed"], frames, request["refine"], record.live, keys, draft)
         stream: Any = self.decoder.options(stream=True).fragments.remote(task)
         async for frames in stream:
             self.ledger.update(record.id, parts=frames)

@@ -15,6 +15,7 @@ import torch
 from longtake.model.camera import Steering
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.evaluate.novelty import describe
+from longtake.platform.evaluate.sample import Sample
 from longtake.platform.evaluate.scores import score
 from longtake.platform.observe.measurements import peak_memory
 from longtake.platform.search.plan import Candidate
@@ -117,7 +118,7 @@ class Generator:
         self, candidate: Candidate, latents: np.ndarray, chunks: Iterable[np.ndarray], cost: dict[str, Any]
     ) -> Made:
         frames = (_scored(candidate, latents) - 1) * self.pipeline.config.vae_stride[0] + 1
-        sample = _Sample(frames).of(chunks)
+        sample = Sample(frames).of(chunks)
         return Made(latents, _score(candidate, sample), describe(sample.frames()), cost)
 
 
@@ -141,46 +142,14 @@ class RefineWriter:
         pipeline, started = self.pipeline, time.monotonic()
         text, mask = pipeline.encode_text([candidate.image.caption])
         refined = pipeline.refine(_batch(latents, pipeline), text, mask, [candidate.seed])
-        sample = _Sample(candidate.trajectory.num_frames)
+        sample = Sample(candidate.trajectory.num_frames)
         video = encode_video(sample.passing(pipeline.decode_chunks(refined)), candidate.trajectory.fps)
         cost = _cost(time.monotonic() - started, pipeline)
         frames = sample.frames() if sample.whole else None
         return Refined(video, frames, _score(candidate, sample), cost)
 
 
-class _Sample:
-    """What of a video is kept for scoring: all frames of a short one, the first and last ten seconds of a long one."""
-
-    most = 320
-
-    def __init__(self, num_frames: int) -> None:
-        self.whole = num_frames <= self.most
-        half = self.most // 2
-        kept = range(num_frames) if self.whole else (*range(half), *range(num_frames - half, num_frames))
-        self.indices = np.array(kept)
-        self._wanted = set(kept)
-        self._kept: list[np.ndarray] = []
-
-    def passing(self, chunks: Any) -> Any:
-        """Hand `chunks` of frames on, keeping what is wanted of them."""
-        index = 0
-        for chunk in chunks:
-            for frame in chunk:
-                if index in self._wanted:
-                    self._kept.append(frame)
-                index += 1
-            yield chunk
-
-    def of(self, chunks: Any) -> _Sample:
-        for _ in self.passing(chunks):
-            pass
-        return self
-
-    def frames(self) -> np.ndarray:
-        return np.stack(self._kept)
-
-
-def _score(candidate: Candidate, sample: _Sample) -> dict[str, float]:
+def _score(candidate: Candidate, sample: Sample) -> dict[str, float]:
     trajectory = candidate.trajectory
     c2w, intrinsics = trajectory.c2w.numpy()[sample.indices], trajectory.intrinsics.numpy()[sample.indices]
     return score(sample.frames(), c2w, intrinsics, trajectory.fps, sample.indices)

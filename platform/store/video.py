@@ -79,11 +79,13 @@ def encode_video(chunks: Iterable[np.ndarray], fps: float, crf: int = 18) -> byt
         return path.read_bytes()
 
 
+def frames_of(path: Path) -> Iterator[np.ndarray]:
+    """One frame after another, uint8 (H, W, 3)."""
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray()
+
+
 def read_video(path: Path) -> np.ndarray:
     """All frames, uint8 (F, H, W, 3)."""
-    with av.open(str(path)) as container:
-        frames = [
-            frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709).to_ndarray()
-            for frame in container.decode(video=0)
-        ]
-    return np.stack(frames)
+    return np.stack(list(frames_of(path)))

@@ -242,6 +242,45 @@ def test_a_replica_that_dies_costs_nothing_that_was_made(client, server, image, 
         client.videos.delete(id)
 
 
+def test_a_search_refines_the_best_of_its_candidates(client, server, image):
+    """Candidates that begin alike share what they have made, and are what they are alone; so is what was refined."""
+    url, store, _ = server
+    headers = {"Authorization": "Bearer secret", "Idempotency-Key": "search"}
+    ways = ["w-24,d-24", "w-24,a-24", "none-24"]
+    body = {"candidates": json.dumps(ways), "seed": "3", "prompt": "a hall", "scores": '{"follow": 1}'}
+    files = {"input_reference": ("a.png", image)}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+        search = http.post("/v1/searches", data=body, files=files).json()
+        assert http.post("/v1/searches", data=body, files=files).json()["id"] == search["id"]
+        assert [each["actions"] for each in search["candidates"]] == ways and search["object"] == "search"
+        replica("Videos").send_signal(signal.SIGKILL)
+        while search["status"] in ("queued", "in_progress"):
+            assert search["progress"] < 100
+            time.sleep(0.2)
+            if (found := http.get(f"/v1/searches/{search['id']}")).status_code != 503:
+                search = found.json()
+        assert search["status"] == "completed" and search["progress"] == 100, search
+        made = search["candidates"]
+        assert [set(each["scores"]) for each in made] == [{"follow", "sharpness", "drift", "novelty"}] * 3
+        assert [each["score"] for each in made] == [each["scores"]["follow"] for each in made]
+        (best,) = [each for each in made if each["kept"]]
+        assert best["score"] == max(each["score"] for each in made) and not any(
+            each["refined"] for each in made if each is not best
+        )
+        wanted = [(best["refined"], best["actions"], True), (made[1]["video"], made[1]["actions"], False)]
+        for video, actions, refine in wanted:
+            alone = finished(client, ask(client, image, None, actions=actions, seed=3, refine=refine).id)
+            assert http.get(f"/v1/videos/{alone.id}/content").content == http.get(f"/v1/videos/{video}/content").content
+        assert [each["id"] for each in http.get("/v1/searches").json()["data"]] == [search["id"]]
+        assert http.get(f"/v1/searches/{search['id']}", headers={"Authorization": "Bearer other"}).status_code == 404
+        assert http.delete(f"/v1/searches/{search['id']}").json()["deleted"]
+        assert http.get(f"/v1/searches/{search['id']}").status_code == 404
+        for each in made:
+            assert http.get(f"/v1/videos/{each['video']}").status_code == 404
+            until_gone(store / each["video"])
+        until_gone(store / best["refined"])
+
+
 def test_an_application_that_starts_again_goes_on_with_what_it_had_accepted(client, server, image):
     videos = [ask(client, image, seconds="6").id for _ in range(3)]
     there = server[1] / videos[0] / "video"

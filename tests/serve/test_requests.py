@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from longtake.model.camera import parse_actions
-from longtake.serve.requests import Refused, Wanted, checked, parsed
+from longtake.serve.requests import Limits, Refused, SearchRequest, VideoRequest, Wanted, candidates, checked, parsed
 
 pytestmark = pytest.mark.cpu
 
@@ -32,7 +32,7 @@ def image() -> bytes:
 
 
 def ask(config, upload: bytes | None, refines: bool = True, **given) -> Wanted:
-    return checked(parsed(given), upload, config, 10.0, refines)
+    return checked(parsed(given, VideoRequest), upload, Limits(config, 10.0, refines, 8))
 
 
 def arrays(wanted: Wanted) -> dict[str, np.ndarray]:
@@ -136,3 +136,40 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(config):
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
     with pytest.raises(Refused, match="too many"):
         ask(config, buffer.getvalue(), actions="w-24")
+
+
+def search(config, upload: bytes, **given) -> tuple[dict, list[Wanted]]:
+    return candidates(parsed(given, SearchRequest), upload, Limits(config, 10.0, True, 8))
+
+
+def test_a_search_is_a_video_for_each_way_and_seed(config, image):
+    ways = ["w-24", "d-8,w-16"]
+    kept, wanted = search(config, image, prompt="a hall", candidates=json.dumps(ways), seeds="2", seed=5, keep=3)
+    assert kept["keep"] == 3 and kept["refine"] and kept["prompt"] == "a hall"
+    asked = [
+        ask(config, image, prompt="a hall", actions=way, seed=seed, refine=False) for way in ways for seed in (5, 6)
+    ]
+    assert [each.request for each in wanted] == [each.request for each in asked]
+    assert [each.files for each in wanted] == [each.files for each in asked]
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({}, "candidates"),
+        ({"candidates": []}, "candidates"),
+        ({"candidates": "w-24"}, "candidates"),
+        ({"candidates": ["w-24", "x!"]}, "candidates"),
+        ({"candidates": ["w-24"], "actions": "w-24"}, "actions"),
+        ({"candidates": ["w-24"] * 3, "seeds": 3}, "candidates"),
+        ({"candidates": ["w-24"], "keep": 2}, "keep"),
+        ({"candidates": ["w-24"], "seed": 2**63 - 1, "seeds": 2}, "seed"),
+        ({"candidates": ["w-24"], "seconds": 11}, "seconds"),
+        ({"candidates": ["w-24"], "scores": {"beauty": 1}}, "scores"),
+        ({"candidates": ["w-24"], "scores": '{"follow": 0}'}, "scores"),
+    ],
+)
+def test_a_search_that_cannot_be_names_its_field(config, image, given, param):
+    with pytest.raises(Refused) as refused:
+        search(config, image, **given)
+    assert refused.value.param == param and refused.value.status == 400 and param in refused.value.message
