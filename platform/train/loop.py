@@ -272,6 +272,8 @@ def _speed_up(objective: nn.Module, stage: Stage) -> None:
     if stage.objective == "vae":
         objective.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # what cuDNN reads
     for name in stage.compiled if stage.compile else ():
+        if getattr(objective, name.partition(".")[0]) is None:  # of pairs there is no stage 1
+            continue
         module = objective.get_submodule(name)
         for part in module if isinstance(module, nn.ModuleList) else (module,):
             part.compile(mode=stage.compile)

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from longtake.jobs import stage5_refiner
 from longtake.model import weights
 from longtake.model.config import WorldModelConfig
+from longtake.model.objectives.refiner import RefinerObjective
 from longtake.model.pipeline import WorldPipeline
 from longtake.model.refiner import Refiner
 from longtake.platform.data.latents import LatentStore
 from longtake.platform.data.random_latents import write_random
 from longtake.platform.observe.job import user_message
-from longtake.platform.train import checkpoint, log, run, stages
+from longtake.platform.train import checkpoint, log, loop, run, stages
 from longtake.platform.train.settings import Settings
 
 pytestmark = pytest.mark.cpu
@@ -162,6 +163,15 @@ def test_a_run_does_not_go_on_with_another_base(runs: Path, adapted, base: Path,
 def test_what_the_stage_lacks_is_said_before_it_starts(preset: str, arguments: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         stage5_refiner.main(["--preset", preset, "--data", "latents", "--workers", "1", *arguments])
+
+
+def test_of_pairs_the_refiner_alone_is_compiled(adapted: WorldModelConfig):
+    """The table's stage compiles stage 1 too, which there is none of then."""
+    stage = stages.get("stage5_refiner", "tiny")
+    objective = RefinerObjective(adapted, pairs=True)
+    loop._speed_up(objective, stage)
+    blocks = objective.refiner.get_submodule("transformer.transformer_blocks")
+    assert all(block._compiled_call_impl for block in blocks)  # type: ignore[attr-defined]
 
 
 def test_the_full_size_needs_its_base_alone(tmp_path: Path, capsys):
