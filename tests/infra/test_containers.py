@@ -75,6 +75,14 @@ def test_the_image_holds_all_of_longtake_that_the_wheel_needs(root, text):
     assert {*LAYERS, "longtake", "weights", "pyproject.toml", "README.md", "LICENSE"} <= copied
 
 
+def test_nothing_else_is_sent_to_the_builder(root, text):
+    lines = (root / "infra" / "Containerfile.dockerignore").read_text().splitlines()
+    words = [words for words in instructions(text) if words[0] == "COPY" and not words[1].startswith("--from")]
+    assert lines[1] == "*" and {line[1:] for line in lines if line.startswith("!")} == {
+        source for each in words for source in each[1:-1]
+    }
+
+
 def test_python_is_one_that_the_project_supports(root, text):
     version = re.search(r"^ARG PYTHON=(\S+)$", text, re.MULTILINE)
     supported = re.search(r'^requires-python = "(.+)"$', (root / "pyproject.toml").read_text(), re.MULTILINE)
