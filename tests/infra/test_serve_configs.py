@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longtake.serve.app import VIDEOS_CPUS
+from longtake.serve.app import VIDEOS_CPUS, application
 from longtake.serve.settings import Scaling, Settings
 
 pytestmark = pytest.mark.cpu
@@ -30,6 +30,14 @@ def test_on_one_machine_all_replicas_find_room_on_two_cores(infra, serve_config,
     settings = serve_config((infra / "serve" / f"{name}.yaml").read_text())
     assert VIDEOS_CPUS + sum(each.most * each.num_cpus for each in used(settings)) <= 2
     assert all(each.num_gpus == 0 for each in used(settings))
+
+
+def test_the_process_with_the_database_runs_where_its_disk_is(infra, serve_config):
+    for name, resources in (("cluster", {"database": 0.001}), ("container", {})):
+        api = application(serve_config((infra / "serve" / f"{name}.yaml").read_text()))._bound_deployment
+        *_, bound = api.init_args
+        videos = bound._bound_deployment
+        assert videos.name == "Videos" and videos.ray_actor_options.get("resources", {}) == resources
 
 
 def test_without_keys_only_this_machine_can_ask(infra):
