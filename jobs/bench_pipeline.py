@@ -2,8 +2,9 @@
 
 streaming: chunks of few steps through refiner and decoder, a minute beside the time it takes. bidirectional: all steps
 of a whole clip, of which --steps are timed and the others counted, then refiner and decoder. blocks: the refiner's
-blocks pass through the device one after another. Texts are random features: encoders run once a video, then go.
-Figures go to docs/measurements/pipeline_DEVICE.
+blocks pass through the device one after another. serving: a chunk in a decoder of its own, and what
+a video keeps there and in a refiner. Texts are random features: encoders run once a video, then go. Figures go to
+docs/measurements/pipeline_DEVICE.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from longtake.model import presets
+from longtake.model import presets, weights
 from longtake.model.camera import Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import Residency, WorldPipeline
+from longtake.model.refiner.refiner import SINK
+from longtake.model.vae import decode_more
 from longtake.model.video import make_video
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
-from longtake.platform.observe.timing import now
+from longtake.platform.observe.timing import milliseconds, now
+from longtake.platform.store.fragments import encode_fragment
 
-_MODES = ("streaming", "bidirectional", "blocks")
+_MODES = ("streaming", "bidirectional", "blocks", "serving")
+_CPU = torch.device("cpu")
 _GPUS = 8  # of the published videos an hour
 
 
@@ -144,6 +150,42 @@ class Bench:
         measurements.forget_peak()
         _, seconds = self._timed(lambda: pipeline.refine(latents, *own, [0]))
         return {"block_residency_block_s": seconds / 2, "block_residency_peak_gb": self._peak()}
+
+    def serving(self) -> dict[str, float]:
+        """What sizes a stage that has a process of its own: seconds a chunk, memory, and what it keeps of a video."""
+        return self._decoder() | self._refiner_past()
+
+    @torch.no_grad()
+    def _decoder(self) -> dict[str, float]:
+        vae: Any = self.pipeline("vae").part("vae")
+        latents, walk, past = self._chunk(), self._walk(), {}
+        for _ in range(3):
+            _, past = decode_more(vae, latents, past)
+        measurements.forget_peak()
+        return {
+            "decode_chunk_s": milliseconds(lambda: decode_more(vae, latents, past), self.device) / 1e3,
+            "decoder_peak_gb": self._peak(),
+            "decoder_past_gb": sum(tensor.nbytes for tensor in past.values()) / 1e9,
+            "fragment_s": milliseconds(lambda: encode_fragment(walk, self.config.fps, 0, 0), _CPU) / 1e3,
+        }
+
+    @torch.no_grad()
+    def _refiner_past(self) -> dict[str, float]:
+        pipeline = self.pipeline("refiner")
+        stream = pipeline.refining(*pipeline.encode_refiner_text([""]), seeds=[0])
+        while stream.past.length < self.config.refiner.window - SINK:
+            list(stream.take(self._chunk()))
+        return {"refiner_past_gb": stream.past.nbytes / 1e9}
+
+    def _chunk(self) -> Tensor:
+        """Latents of one chunk, or of one block of the refiner."""
+        return torch.randn(1, self.config.latent_channels, 3, *self.config.latent_size, device=self.device)
+
+    def _walk(self) -> np.ndarray:
+        """Frames of a chunk: a start image of tiny's that moves sideways by four pixels a frame."""
+        height, width = self.config.image_size
+        still = np.asarray(Image.open(weights.SHIPPED / "tiny" / "images" / "hall.png").resize((width, height)))
+        return np.stack([np.roll(still, 4 * frame, 1) for frame in range(self.config.frames_per_chunk)])
 
     def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
         begin = now(self.device)

@@ -33,6 +33,7 @@ from longtake.serve.answers import (
 from longtake.serve.guard import BodyLimit, Guard
 from longtake.serve.ledger import COMPLETED, UNFINISHED, Record, Search
 from longtake.serve.live import Live
+from longtake.serve.metrics import exposition
 from longtake.serve.requests import Refused, SearchRequest, VideoRequest, candidates, checked, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
@@ -301,8 +302,7 @@ class Api:
     async def ready(self) -> str:
         """Whether videos are taken, and all that makes them runs; 503 when not."""
         await self._ask("figures")
-        known = await asyncio.to_thread(serve.status)
-        mine = known.applications[serve.get_replica_context().app_name].deployments
+        mine = await self._deployments()
         if late := [name for name, each in mine.items() if each.status not in ("HEALTHY", "UPSCALING", "DOWNSCALING")]:
             raise Refused(503, f"not ready: {', '.join(sorted(late))}", headers={"Retry-After": "2"})
         return "ok"
@@ -311,8 +311,13 @@ class Api:
     async def metrics(self) -> str:
         """For Prometheus."""
         figures = await self._ask("figures")
-        lines = (f"# TYPE longtake_{name} gauge\nlongtake_{name} {value:g}\n" for name, value in figures.items())
-        return "".join(lines)
+        for name, each in (await self._deployments()).items():
+            figures[f'longtake_replicas{{deployment="{name}"}}'] = each.replica_states.get("RUNNING", 0)
+        return exposition(figures)
+
+    async def _deployments(self) -> dict[str, Any]:
+        known = await asyncio.to_thread(serve.status)
+        return known.applications[serve.get_replica_context().app_name].deployments
 
     async def _record(self, id: str, authorization: str | None) -> Record:
         record = await self._ask("get", self.guard.check(authorization).name, id)

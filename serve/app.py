@@ -11,6 +11,7 @@ from longtake.serve.settings import Settings
 from longtake.serve.stages import Decode, Refine, Stage1, Text
 from longtake.serve.videos import Videos
 
+VIDEOS_CPUS = 0.5
 _DRAIN_SECONDS = 30.0  # that a replica which is to end may go on with what it has
 
 
@@ -29,5 +30,7 @@ def application(settings: Settings) -> Application:
         refiner = Refine.options(**settings.refiner.options(), **drain).bind(settings, stage1)
     decoder = Decode.options(**settings.decoder.options(), **drain).bind(settings, stage1, refiner)
     one = dict(num_replicas=1, max_ongoing_requests=10_000, graceful_shutdown_timeout_s=1.0)
-    videos = Videos.options(**one, ray_actor_options=dict(num_cpus=0.5)).bind(settings, text, decoder)
+    place = {} if settings.database_node is None else {settings.database_node: 0.001}
+    actor = dict(num_cpus=VIDEOS_CPUS, resources=place)
+    videos = Videos.options(**one, ray_actor_options=actor).bind(settings, text, decoder)
     return Api.options(**settings.api.options()).bind(settings, videos)

@@ -56,8 +56,9 @@ class Scaling(_Strict):
 class Settings(_Strict):
     """preset, weights: of a model that makes one chunk after another. refine: whether it can be asked to refine, by
     default where the preset's refiner works by blocks. store: folder or s3:// prefix of all files that are made.
-    database: SQLite file of what was asked for; by default in `store`, which then must be a folder. keys: JSON file of
-    API keys, as serve/README.md says; without one anybody may ask, and only this machine should reach the port.
+    database: SQLite file of what was asked for; by default in `store`, which then must be a folder. database_node: a
+    custom resource that, of all of Ray's nodes, only the one with the database's disk has. keys: JSON file of API keys,
+    as serve/README.md says; without one anybody may ask, and only this machine should reach the port.
 
     max_seconds: of a video. max_running: videos that are made at once; max_queued: that wait, of all keys together.
     max_upload: bytes of a request's body. max_sessions: live ones at once; session_idle: seconds without a word after
@@ -69,6 +70,7 @@ class Settings(_Strict):
     refine: bool | None = None
     store: str = "runs/serve"
     database: str | None = None
+    database_node: str | None = None
     keys: str | None = None
     max_seconds: float = Field(default=60.0, gt=0)
     max_running: int = Field(default=4, ge=1)

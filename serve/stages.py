@@ -16,6 +16,7 @@ import asyncio
 import io
 import itertools
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from PIL import Image
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Histogram
 from torch import Tensor
 
 from longtake.model.camera import Steering
@@ -39,6 +41,7 @@ from longtake.platform.evaluate.sample import Sample
 from longtake.platform.evaluate.scores import score
 from longtake.platform.store.fragments import encode_fragment, remux
 from longtake.platform.store.video import frames_of
+from longtake.serve.metrics import BOUNDARIES, CHUNK_SECONDS
 from longtake.serve.results import STATE, Results
 from longtake.serve.settings import Settings
 from longtake.serve.task import Task
@@ -53,9 +56,16 @@ class Stage:
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.pipeline = WorldPipeline.from_pretrained(settings.preset, settings.weights, self.device, self.dtype, parts)
         self.thread = ThreadPoolExecutor(1, "compute")
+        self.seconds = Histogram(CHUNK_SECONDS, "From a chunk's beginning to its end, in one stage", BOUNDARIES)
 
     async def run(self, work: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._timed, work, *arguments)
+
+    def _timed(self, work: Any, *arguments: Any) -> Any:
+        begin = time.monotonic()
+        made = work(*arguments)
+        self.seconds.observe(time.monotonic() - begin)
+        return made
 
 
 @serve.deployment
@@ -93,9 +103,11 @@ class Stage1(Stage):
         try:
             async for number, actions in self._actions(task, poses):
                 given = known[number] if number < len(known) else None
+                begin = time.monotonic()
                 made = await asyncio.wrap_future(self.engine.submit(session, actions, stop, given))
                 latents = made.latents.cpu()
                 if given is None:
+                    self.seconds.observe(time.monotonic() - begin)
                     name = f"{task.id}/stage1/{number:05}"
                     await asyncio.to_thread(self.results.put_tensors, name, {"latents": latents, "c2w": made.c2w})
                 yield latents.numpy()

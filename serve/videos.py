@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,6 +48,7 @@ class Videos:
         self._arriving: Counter[tuple[bool, str]] = Counter()  # videos being written, by whether live, and owner
         self._tasks: dict[str, asyncio.Task] = {}
         self._seconds: deque[float] = deque(maxlen=32)  # that the last videos took
+        self._counts: defaultdict[str, float] = defaultdict(float)  # of this process, by their names in `metrics`
         self._moved = asyncio.Condition()
         self._making: set[str] = set()  # of the tasks, those that waited in the queue
         self._runs: dict[str, str] = {}  # which attempt to make it is the last
@@ -88,10 +89,10 @@ class Videos:
         unfinished = [record for record in self.ledger.unfinished() if not record.live]
         room = self.settings.max_queued + self.settings.max_running
         if len(unfinished) + self._coming(False) + len(wanted) > room:
-            raise Busy(f"{len(unfinished)} videos wait or are made: try again later", self._until_next())
+            raise self._busy(f"{len(unfinished)} videos wait or are made: try again later", self._until_next())
         own = sum(record.owner == owner for record in unfinished) + self._arriving[False, owner]
         if own + len(wanted) > most:
-            raise Busy(f"{own} of your videos wait or are made, and at most {most} may be", self._until_next())
+            raise self._busy(f"{own} of your videos wait or are made, and at most {most} may be", self._until_next())
         records = [Record(_new_id(), owner, request, total, once) for request, total, _ in wanted]
         with self._arrival(False, owner, len(records)):
             for record, (_, _, given) in zip(records, wanted, strict=True):
@@ -178,9 +179,16 @@ class Videos:
         return sum(count for (of_live, _), count in self._arriving.items() if of_live == live)
 
     def _check_room(self) -> None:
-        live = sum(record.live for record in self.ledger.unfinished()) + self._coming(True)
-        if live >= self.settings.max_sessions:
-            raise Busy(f"{live} sessions are open, and no more may be", max(1, round(self.settings.session_idle / 4)))
+        if (live := self._sessions() + self._coming(True)) >= self.settings.max_sessions:
+            later = max(1, round(self.settings.session_idle / 4))
+            raise self._busy(f"{live} sessions are open, and no more may be", later)
+
+    def _sessions(self) -> int:
+        return sum(record.live for record in self.ledger.unfinished())
+
+    def _busy(self, message: str, seconds: int) -> Busy:
+        self._counts["longtake_busy_total"] += 1
+        return Busy(message, seconds)
 
     def _opened(self, record: Record) -> Record:
         self.ledger.add(record)
@@ -276,12 +284,15 @@ class Videos:
         return None
 
     async def figures(self) -> dict[str, float]:
-        """For a scrape."""
-        counts = self.ledger.counts()
+        """For a scrape, as `metrics` names them."""
+        there, settings = self.ledger.counts(), self.settings
+        room = {"made": settings.max_running, "live": settings.max_sessions, "queued": settings.max_queued}
         found: dict[str, float] = {
-            f"videos_{each}": counts.get(each, 0) for each in (QUEUED, RUNNING, COMPLETED, FAILED)
+            f"longtake_videos_{each}": there.get(each, 0) for each in (QUEUED, RUNNING, COMPLETED, FAILED)
         }
-        return found | {"video_seconds_mean": self._mean()}
+        found["longtake_sessions"] = self._sessions()
+        found |= {f'longtake_room{{of="{kind}"}}': most for kind, most in room.items()}
+        return found | {name: self._counts[name] for name in _COUNTED}
 
     def _until_next(self) -> int:
         return max(1, round((self._mean() or 10.0) / self.settings.max_running))
@@ -306,9 +317,13 @@ class Videos:
             if self.ledger.get(id) is None:  # deleted meanwhile, while a stage still wrote
                 await asyncio.to_thread(self.results.remove, id)
                 return
-            self.ledger.update(id, completed_at=time.time(), status=FAILED if error else COMPLETED, error=error)
+            status = FAILED if error else COMPLETED
+            self.ledger.update(id, completed_at=time.time(), status=status, error=error)
+            self._counts[_ended(status)] += 1
             if not record.live:
-                self._seconds.append(time.monotonic() - begin)
+                self._seconds.append(seconds := time.monotonic() - begin)
+                self._counts["longtake_video_seconds_sum"] += seconds
+                self._counts["longtake_video_seconds_count"] += 1
         finally:
             del self._tasks[id]
             self._making.discard(id)
@@ -330,6 +345,7 @@ class Videos:
                     return None
                 if isinstance(error, ValueError) and (message := user_message(error)):
                     return message
+                self._counts["longtake_retries_total"] += 1
                 _log.warning("%s stopped: %s", record.id, error)
                 if not isinstance(error, RayError):
                     _log.exception("a fault in the server")
@@ -351,7 +367,11 @@ class Videos:
         keys = request.get("key_map")
         task = Task(record.id, run, request["seed"], frames, request["refine"], record.live, keys, draft)
         stream: Any = self.decoder.options(stream=True).fragments.remote(task)
+        there = self.ledger.get(record.id)
+        before = 0 if there is None else there.parts
         async for frames in stream:
+            self._counts["longtake_frames_total"] += max(0, frames - before)
+            before = max(before, frames)
             self.ledger.update(record.id, parts=frames)
             await self._told()
         if self.ledger.get(record.id) is None:
@@ -366,6 +386,17 @@ class Videos:
     async def _told(self) -> None:
         async with self._moved:
             self._moved.notify_all()
+
+
+def _ended(status: str) -> str:
+    return f'longtake_videos_ended_total{{status="{status}"}}'
+
+
+_COUNTED = (
+    *(_ended(status) for status in (COMPLETED, FAILED)),
+    *(f"longtake_{name}" for name in ("busy_total", "retries_total", "frames_total")),
+    *(f"longtake_video_seconds_{part}" for part in ("sum", "count")),
+)
 
 
 def _new_id() -> str:

@@ -1,5 +1,5 @@
 """A client of Longtake's server. It needs neither torch nor anything else of Longtake: httpx, and websockets for live
-sessions.
+sessions. Installed alone (`pip install ./serve/client`) the same files are `longtake_client`: hence relative imports.
 
     client = Client("http://127.0.0.1:8000")
     video = client.create("hall.png", "a hall of stone", actions="w-48,dw-24", seconds=6)
@@ -7,9 +7,9 @@ sessions.
     client.save(video.id, "hall.mp4", poses="hall.npz")
 """
 
-from longtake.serve.client.asynchronous import AsyncClient
-from longtake.serve.client.session import Chunk, LiveSession
-from longtake.serve.client.synchronous import Client
-from longtake.serve.client.wire import ApiError, Video, VideoFailed
+from .asynchronous import AsyncClient
+from .session import Chunk, LiveSession
+from .synchronous import Client
+from .wire import ApiError, Video, VideoFailed
 
 __all__ = ["ApiError", "AsyncClient", "Chunk", "Client", "LiveSession", "Video", "VideoFailed"]

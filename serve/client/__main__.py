@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from longtake.serve.client import ApiError, Client, Video, VideoFailed
+from . import ApiError, Client, Video, VideoFailed
 
 _WIDTH = 40
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
+from .wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
 
 
 class AsyncClient:

@@ -11,7 +11,7 @@ from typing import Any
 
 from websockets.sync.client import connect
 
-from longtake.serve.client.wire import ApiError
+from .wire import ApiError
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from longtake.serve.client.session import LiveSession
-from longtake.serve.client.wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
+from .session import LiveSession
+from .wire import MOST_TRIES, RETRIED, Video, creation, headers, pause, refused
 
 
 class Client:

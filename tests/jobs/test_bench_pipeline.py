@@ -21,6 +21,7 @@ def test_all_ways_of_making_a_video_are_timed(tmp_path, monkeypatch):
     assert all(figure > 0 for figure in figures.values())
     parts = [figures[f"bidirectional_{part}_s"] for part in ("denoise", "refine", "decode")]
     assert figures["videos_per_hour_8"] == pytest.approx(8 * 3600 / sum(parts))
+    assert {"decode_chunk_s", "fragment_s", "decoder_past_gb", "refiner_past_gb"} < figures.keys()
     assert {"streaming_x_realtime", "peak_gb", "bidirectional_peak_gb", "block_residency_peak_gb"} < figures.keys()
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import signal
 import socket
 import time
@@ -24,6 +25,7 @@ import psutil
 import pytest
 import ray
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from websockets.sync.client import connect
 
@@ -33,6 +35,7 @@ from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
 from longtake.serve.app import build
 from longtake.serve.ledger import Ledger
+from longtake.serve.metrics import CHUNK_SECONDS, METRICS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
@@ -221,6 +224,25 @@ def test_too_many_videos_are_turned_away_and_a_repeated_request_is_one(client, s
         client.videos.delete(id)
     figures = httpx.get(f"{server[0]}/metrics").text
     assert "longtake_videos_in_progress 0" in figures and "longtake_videos_completed" in figures
+
+
+def test_a_scrape_finds_every_figure_that_is_listed_and_ray_s_port_those_of_the_stages(client, server, image):
+    video = ask(client, image, seconds="1.5")
+    finished(client, video.id)
+    client.videos.delete(video.id)
+    found = {each.name: each for each in text_string_to_metric_families(httpx.get(f"{server[0]}/metrics").text)}
+    listed = {name.removesuffix("_total"): kind for name, (kind, _) in METRICS.items()}
+    assert {name: each.type for name, each in found.items()} == listed
+    assert all(each.samples for each in found.values())
+    replicas = {each.labels["deployment"]: each.value for each in found["longtake_replicas"].samples}
+    assert replicas == dict.fromkeys(["Api", "Videos", "Text", "Stage1", "Refine", "Decode"], 1)
+    assert found["longtake_frames"].samples[0].value >= 25 and found["longtake_busy"].samples[0].value >= 1
+    port = ray.nodes()[0]["MetricsExportPort"]
+    stages: set[str] = set()
+    while not {"Stage1", "Refine", "Decode"} <= stages:  # replicas report every few seconds
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+        counted = [line for line in text.splitlines() if line.startswith(f"ray_{CHUNK_SECONDS}_count")]
+        stages = set(re.findall(r'deployment="(\w+)"', "".join(counted)))
 
 
 @pytest.mark.parametrize("deployment", ["Stage1", "Refine", "Decode", "Videos"])
