@@ -70,15 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     figures = load.figures()
     for name, figure in figures.items():
         print(f"{name:40} {figure:.6g}")
-    if wrong := {name: count for name, count in load.wrong.items() if count}:
-        raise ValueError("; ".join(f"{count} times: {name}" for name, count in wrong.items()))
-    if not load.count["kills"]:
-        raise ValueError("no replica was killed: give --minutes more, or --kill-every less")
     if args.write:
         name = "serve_load_faults" if args.faults else "serve_load"
         written = measurements.write(name, figures, series=load.series)
         plot(load.series, written.with_suffix(".png"))
         print(f"figures: {written}")
+    if wrong := {name: count for name, count in load.wrong.items() if count}:
+        raise ValueError("; ".join(f"{count} times: {name}" for name, count in wrong.items()))
+    if not load.count["kills"]:
+        raise ValueError("no replica was killed: give --minutes more, or --kill-every less")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,6 @@ class Wish:
     seed: int
     chunks: int
     refine: bool
-
-    @property
-    def frames(self) -> int:
-        return 24 * self.chunks + 1
 
     def fields(self) -> dict[str, str]:
         return dict(
@@ -184,7 +180,7 @@ class Load:
             video = await self._ended(id)
             self.seconds.append(time.monotonic() - begin)
             self.progress.update(1, kills=self.count["kills"])
-            if video is None or not await self._whole(id, wish.frames, wish):
+            if video is None or not await self._whole(id, 24 * wish.chunks + 1, wish):
                 self.lost.add(id)
 
     async def _asked(self, key: str, wish: Wish, give_up: bool) -> str | None:
