@@ -3,6 +3,7 @@
 # Annotations are values here: Ray Serve pickles these handlers by value, without the names that only annotations use.
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -198,9 +199,13 @@ class Api:
             raise Refused(409, f"the video is {record.status}: wait until it is completed, or ask for its stream")
         name, kind = _TYPES[variant]
         name = f"{id}/{name}"
-        if self.results.local:
-            return FileResponse(self.results.path(name), media_type=kind)
-        return Response(await asyncio.to_thread(self.results.get, name), media_type=kind)
+        try:
+            if not self.results.local:
+                return Response(await asyncio.to_thread(self.results.get, name), media_type=kind)
+            about = await asyncio.to_thread(os.stat, self.results.path(name))
+        except FileNotFoundError:
+            raise Refused(404, "there are no frames: the session ended before the first, or it was deleted") from None
+        return FileResponse(self.results.path(name), media_type=kind, stat_result=about)
 
     @app.get("/v1/videos/{id}/stream", response_class=StreamingResponse)
     async def stream(self, id: Id, authorization: Authorization = None) -> StreamingResponse:
@@ -225,10 +230,13 @@ class Api:
             if found is None:
                 return
             record, there = found
-            for number in range(sent, there):
-                if number == 0:
-                    yield await asyncio.to_thread(self.results.get, f"{record.id}/video/begin.mp4")
-                yield await asyncio.to_thread(self.results.get, f"{record.id}/video/{number:05}.m4s")
+            try:
+                for number in range(sent, there):
+                    if number == 0:
+                        yield await asyncio.to_thread(self.results.get, f"{record.id}/video/begin.mp4")
+                    yield await asyncio.to_thread(self.results.get, f"{record.id}/video/{number:05}.m4s")
+            except FileNotFoundError:  # it was deleted meanwhile
+                return
             sent = there
             if record.status not in UNFINISHED:
                 return

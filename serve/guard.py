@@ -59,7 +59,7 @@ class Guard:
         if self._keys is None:
             return ANYBODY
         scheme, _, given = (authorization or "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogatepass")).hexdigest()
         found = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
         if scheme.lower() != "bearer" or not found:
             headers = {"WWW-Authenticate": "Bearer"}

@@ -88,7 +88,8 @@ class Live:
                 await asyncio.gather(listening, showing, return_exceptions=True)
         except WebSocketDisconnect:
             pass
-        except Refused as refused:
+        except (Refused, FileNotFoundError) as error:
+            refused = error if isinstance(error, Refused) else Refused(404, "session: it was deleted", "session")
             await self._say("error", **refused.body())
             await self.socket.close(_REFUSED)
         except (RayError, TimeoutError):

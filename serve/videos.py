@@ -156,13 +156,18 @@ class Videos:
         too many.
         """
         self._check_room()
-        parent = await self.get(owner, id)
+        if (parent := await self.get(owner, id)) is None or not parent.live:
+            return None  # before its name becomes a path
         there = await asyncio.to_thread(self.results.numbered, f"{id}/stage1")
-        if parent is None or not parent.live or not 0 <= chunks <= min(there, self.ledger.given(id)):
+        if not 0 <= chunks <= min(there, self.ledger.given(id)):
             return None
         record = Record(_new_id(), owner, parent.request, 0, status=RUNNING)
         with self._arrival(True, owner):
-            await asyncio.to_thread(self.results.copy, id, record.id, chunks)
+            try:
+                await asyncio.to_thread(self.results.copy, id, record.id, chunks)
+            except FileNotFoundError:  # the other ended, or was deleted, meanwhile
+                await asyncio.to_thread(self.results.remove, record.id)
+                return None
         self.ledger.copy_actions(id, record.id, chunks)
         return self._opened(record)
 

@@ -1,6 +1,7 @@
 """Measured figures, each with the command that measured it: docs/measurements/NAME.json.
 
-{"command", "commit", "date", "device", "versions", "figures": {name: number}}
+{"command", "commit", "date", "device", "versions", "figures": {name: number}}; "series": {name: [number, ...]}, where
+something was watched over time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,12 @@ _VERSIONS = ("torch", "triton", "ray", "deepspeed", "diffusers", "transformers",
 
 
 def write(
-    name: str, figures: Mapping[str, float], command: str | None = None, *, folder: str | Path | None = None
+    name: str,
+    figures: Mapping[str, float],
+    command: str | None = None,
+    *,
+    series: Mapping[str, Sequence[float]] | None = None,
+    folder: str | Path | None = None,
 ) -> Path:
     """Write `figures` to `folder`/`name`.json and return the path.
 
@@ -48,6 +54,8 @@ def write(
         "versions": versions(),
         "figures": {key: _number(key, value) for key, value in figures.items()},
     }
+    if series:
+        record["series"] = {key: [_number(key, value) for value in values] for key, values in series.items()}
     path = Path(folder or (longtake.source_root or Path.cwd()) / "docs" / "measurements") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

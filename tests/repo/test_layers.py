@@ -57,7 +57,7 @@ THIRD_PARTIES = {
     "kernels": KERNELS,
     "model": MODEL,
     "platform": PLATFORM,
-    "jobs": PLATFORM,
+    "jobs": {*PLATFORM, "httpx", "websockets"},
     "serve": {*PLATFORM, "fastapi", "httpx", "pydantic", "requests", "starlette", "uvicorn", "websockets"},
 }
 

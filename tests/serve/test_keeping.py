@@ -93,7 +93,7 @@ def keys(tmp_path) -> str:
 
 def test_who_has_no_key_is_refused_and_who_asks_too_often_waits(keys):
     guard = Guard(keys)
-    for header in (None, "", "Bearer", "Bearer wrong", "Basic secret", "Bearer \udcff"):
+    for header in (None, "", "Bearer", "Bearer wrong", "Basic secret", "Bearer \udcff", "Bearer \ud800"):
         with pytest.raises(Refused) as refused:
             guard.check(header)
         assert refused.value.status == 401
