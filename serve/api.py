@@ -18,9 +18,11 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import longtake
+from longtake.model.camera import KEY_MAPS, KeyMap
 from longtake.serve.guard import BodyLimit, Guard
 from longtake.serve.ledger import COMPLETED, UNFINISHED, Record
 from longtake.serve.live import Live
+from longtake.serve.pages import StartImageList, page_router, start_image
 from longtake.serve.requests import Refused, VideoRequest, checked, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
@@ -73,7 +75,9 @@ class Deleted(BaseModel):
 
 
 class Model(BaseModel):
-    """size: WIDTHxHEIGHT; chunk: frames that are made at a time."""
+    """size: WIDTHxHEIGHT; chunk: frames that are made at a time; steering: what the keys of key_map do, letter to
+    (forward, right, yaw to the right, pitch up), in metres and degrees a second.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -85,6 +89,7 @@ class Model(BaseModel):
     max_seconds: float
     refines: bool
     key_map: str
+    steering: KeyMap
 
 
 class ModelList(BaseModel):
@@ -124,6 +129,7 @@ _BODY = {
 
 app = FastAPI(title="Longtake", version=longtake.__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
 app.add_middleware(BodyLimit)
+app.include_router(page_router)
 
 
 @app.exception_handler(Refused)
@@ -261,6 +267,8 @@ class Api:
             raise Refused(409, f"the video is {record.status}: wait until it is completed, or ask for its stream")
         name, kind = _TYPES[variant]
         name = f"{id}/{name}"
+        if not await asyncio.to_thread(self.results.has, name):
+            raise Refused(409, "the session ended before it had a frame")
         if self.results.local:
             return FileResponse(self.results.path(name), media_type=kind)
         return Response(await asyncio.to_thread(self.results.get, name), media_type=kind)
@@ -312,6 +320,18 @@ class Api:
         if model != self.config.name:
             raise Refused(404, f"there is no such model, but {self.config.name!r}", "model")
         return self._model()
+
+    @app.get("/v1/images", response_model=StartImageList)
+    async def images(self, authorization: Authorization = None) -> StartImageList:
+        """Images that came with the weights, for videos to begin at."""
+        self.guard.check(authorization)
+        return StartImageList.of(self.settings.folder)
+
+    @app.get("/v1/images/{image}", response_class=FileResponse)
+    async def image(self, image: str, authorization: Authorization = None) -> FileResponse:
+        """One of these, as PNG."""
+        self.guard.check(authorization)
+        return FileResponse(start_image(self.settings.folder, image), media_type="image/png")
 
     @app.get("/healthz", response_class=PlainTextResponse)
     async def health(self) -> str:
@@ -372,4 +392,5 @@ class Api:
             max_seconds=self.settings.max_seconds,
             refines=self.settings.refines,
             key_map=config.key_map,
+            steering=KEY_MAPS[config.key_map],
         )

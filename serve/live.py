@@ -130,7 +130,8 @@ class Live:
         request = parsed(said | {"actions": "none-1"})
         limits = self.config, self.settings.max_seconds, self.settings.refines
         wanted = await asyncio.to_thread(checked, request, None, *limits, True)
-        return await self.ask("open", key.name, wanted.request | {"live": True}, wanted.files)
+        kept = {name: value for name, value in wanted.request.items() if name != "actions"} | {"live": True}
+        return await self.ask("open", key.name, kept, wanted.files)
 
     async def _listen(self, key: Key, record: Record) -> None:
         chunk = self.config.frames_per_chunk
