@@ -59,7 +59,8 @@ async function tried(act) {
   try {
     return await act();
   } catch (error) {
-    if (error.name !== "AbortError") tell(error instanceof Refused ? error.message : `It did not work: ${error.message}`, true);
+    const message = error instanceof Refused ? error.message : `It did not work: ${error.message}`;
+    if (error.name !== "AbortError") tell(message, true);
   }
 }
 
@@ -112,7 +113,8 @@ function heard(said) {
 /** What the camera is told, over the picture. */
 function heads() {
   const moves = [...pad.held()].join(", ").replaceAll("-", " ");
-  $("#hud").textContent = [moves || "still", took && `${took.toFixed(1)} s to the picture`].filter(Boolean).join(" · ");
+  const late = took === undefined ? "" : ` · ${took.toFixed(1)} s to the picture`;
+  $("#hud").textContent = (moves || "still") + late;
 }
 
 function ended(reason) {

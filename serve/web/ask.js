@@ -173,12 +173,18 @@ export class Ask {
     const poses = paths.map((pieces) => rollOut(lasting(pieces, wanted || lengthOf(pieces)), this.model));
     this.ground.show(poses);
     const longest = Math.max(...poses.map((path) => path.length - 1)) / fps;
-    const far = poses[0].reduce((sum, { x, z }, at, { [at - 1]: last }) => sum + (last ? Math.hypot(x - last.x, z - last.z) : 0), 0);
     const over = longest > most ? `: at most ${most} s are made here` : "";
     $("#length").classList.toggle("wrong", Boolean(over));
-    const what = searching ? `${paths.length} ways, up to ${seconds(longest)}` : `${seconds(longest)}, ${far.toFixed(1)} m`;
+    const long = seconds(longest);
+    const what = searching ? `${paths.length} ways, up to ${long}` : `${long}, ${far(poses[0])} m`;
     $("#length").textContent = `${what}${over || ". Draw on the ground, or add moves."}`;
   }
+}
+
+/** Metres that the camera goes. */
+function far(poses) {
+  const steps = poses.slice(1).map(({ x, z }, at) => Math.hypot(x - poses[at].x, z - poses[at].z));
+  return steps.reduce((sum, step) => sum + step, 0).toFixed(1);
 }
 
 /** The same, repeated or cut to so many frames. */
@@ -197,7 +203,8 @@ async function smaller(file) {
   if (file.size <= MOST_BYTES && KNOWN.includes(file.type)) return file;
   const image = await createImageBitmap(file);
   const scale = Math.min(1, MOST_PIXELS / Math.max(image.width, image.height));
-  const canvas = element("canvas", { width: Math.round(image.width * scale), height: Math.round(image.height * scale) });
-  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+  const [width, height] = [image.width, image.height].map((side) => Math.round(side * scale));
+  const canvas = element("canvas", { width, height });
+  canvas.getContext("2d").drawImage(image, 0, 0, width, height);
   return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
 }

@@ -3,6 +3,13 @@
 import { url } from "./api.js";
 import { $, element, tell } from "./dom.js";
 
+const EXAMPLE = {
+  prompt: "a hall of stone",
+  actions: "w-48,dw-24",
+  candidates: '["w-48", "dw-48"]',
+  input_reference: "@hall.png",
+};
+
 async function begin() {
   const api = await (await fetch(url("openapi.json"))).json();
   $("#model").textContent = `The API, version ${api.info.version}`;
@@ -37,7 +44,8 @@ function request(path, verb, about, api) {
 }
 
 function answered(shape, api) {
-  const rows = Object.entries(shape.properties).map(([field, schema]) => [field, [words(schema, api), schema.description]]);
+  const row = ([field, schema]) => [field, [words(schema, api), schema.description]];
+  const rows = Object.entries(shape.properties).map(row);
   const details = element("details", {}, element("summary", { textContent: `Answers ${shape.title}` }));
   if (shape.description) details.append(hint(shape.description));
   details.append(table(rows));
@@ -68,7 +76,7 @@ function words(schema, api) {
   if (schema.format === "binary") return "file";
   const low = schema.minimum ?? schema.exclusiveMinimum;
   const limits = schema.maximum !== undefined && low !== undefined ? ` from ${low} to ${schema.maximum}` : "";
-  const normally = schema.default === undefined || schema.default === "" ? "" : `, ${JSON.stringify(schema.default)} by default`;
+  const normally = schema.default || schema.default === 0 ? `, ${JSON.stringify(schema.default)} by default` : "";
   if (schema.type === "array") return `list of ${words(schema.items, api)}`;
   return `${schema.type ?? "anything"}${limits}${normally}`;
 }
@@ -76,8 +84,7 @@ function words(schema, api) {
 function example(path, verb, form) {
   const options = verb === "get" ? "" : `-X ${verb.toUpperCase()} `;
   if (!form) return `curl ${options}${url(path.slice(1)).replaceAll("%7B", "{").replaceAll("%7D", "}")}`;
-  const given = { prompt: "a hall of stone", actions: "w-48,dw-24", candidates: '["w-48", "dw-48"]', input_reference: "@hall.png" };
-  const fields = Object.entries(given).filter(([name]) => name in (form.properties ?? {}));
+  const fields = Object.entries(EXAMPLE).filter(([name]) => name in (form.properties ?? {}));
   return `curl ${url(path.slice(1))}${fields.map(([name, value]) => ` \\\n  -F '${name}=${value}'`).join("")}`;
 }
 

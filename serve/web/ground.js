@@ -37,7 +37,7 @@ export class Ground {
     let metres = 4;
     const fits = ({ x, z }) => {
       const high = (metres * height) / (width || 1);
-      return Math.abs(x) < 0.47 * metres && z < 0.95 * AHEAD * high && -z < 0.9 * (1 - AHEAD) * high;
+      return Math.abs(x) < 0.47 * metres && z < 0.9 * AHEAD * high && -z < 0.9 * (1 - AHEAD) * high;
     };
     while (metres < 64 && !this.#paths.every((path) => path.every(fits))) metres *= 2;
     return metres;
@@ -46,8 +46,9 @@ export class Ground {
   #listen(drawn) {
     const canvas = this.#canvas;
     const point = (event) => {
-      const scale = canvas.clientWidth / this.#width;
-      return { x: (event.offsetX - canvas.clientWidth / 2) / scale, z: (AHEAD * canvas.clientHeight - event.offsetY) / scale };
+      const { clientWidth: width, clientHeight: height } = canvas;
+      const scale = width / this.#width;
+      return { x: (event.offsetX - width / 2) / scale, z: (AHEAD * height - event.offsetY) / scale };
     };
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);

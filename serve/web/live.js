@@ -19,8 +19,8 @@ export class Session {
   #sent = new Map(); // when, by sequence
   #closed = false;
 
-  /** begin: the fields of a start; told: called with each message of the server, and {type: "lost"} while the connection
-   * is. */
+  /** begin: the fields of a start; told: called with each message of the server, and with {type: "lost"} when the
+   * connection is. */
   constructor(begin, video, model, pad, told) {
     Object.assign(this, { video, model, pad, told });
     this.#begin = { ...begin, type: "start" };

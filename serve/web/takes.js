@@ -109,7 +109,9 @@ function twice(button, act) {
 /** A video's first frame, or what has become of it. */
 export async function fill(shot, { id, status, frames }) {
   const words = { queued: "waits", in_progress: "is being made", failed: "failed", completed: "has no frames" };
-  if (status !== "completed" || frames === 0) return shot.replaceChildren(element("span", { textContent: words[status] ?? "" }));
+  if (status !== "completed" || frames === 0) {
+    return shot.replaceChildren(element("span", { textContent: words[status] ?? "" }));
+  }
   const source = await address(`v1/videos/${id}/content?variant=thumbnail`).catch(() => "");
   shot.replaceChildren(element("img", { src: source, alt: "" }));
 }
