@@ -6,6 +6,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c requirements.lock
 CHECK_PYTHON := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c '$(CHECK_PYTHON)' 2>/dev/null && echo $$name && break; done)
+HAS_CHROMIUM := for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q .
+APT := $(shell test "$$(id -u)" = 0 || echo sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -54,4 +56,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(PIP_INSTALL) -e '.[dev,kernels-cpu,render]'
 	@$(BIN)/python -c "import ctypes.util, sys; sys.exit(ctypes.util.find_library('EGL') is None)" || \
 		echo "libEGL is missing: MuJoCo cannot draw without a display until it is there (apt install libegl1)" >&2
+	@$(HAS_CHROMIUM) || { echo "Installing Chromium for the tests of the web page"; { timeout 120 $(APT) update && \
+		timeout 300 $(APT) install -y --no-install-recommends chromium; } >/dev/null 2>&1; $(HAS_CHROMIUM) || \
+		echo "Chromium is missing: the web page is not tested until it is there (apt install chromium)" >&2; }
 	@touch $@

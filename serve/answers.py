@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from longtake.model.camera import KeyMap
+
 
 class Failure(BaseModel):
     code: str
@@ -97,7 +99,9 @@ class SearchDeleted(BaseModel):
 
 
 class Model(BaseModel):
-    """size: WIDTHxHEIGHT; chunk: frames that are made at a time."""
+    """size: WIDTHxHEIGHT; chunk: frames that are made at a time; steering: what the keys of key_map do, letter to
+    (forward, right, yaw to the right, pitch up), in metres and degrees a second.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -109,6 +113,7 @@ class Model(BaseModel):
     max_seconds: float
     refines: bool
     key_map: str
+    steering: KeyMap
 
 
 class ModelList(BaseModel):

@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 import longtake
+from longtake.model.camera import KEY_MAPS
 from longtake.serve.answers import (
     Candidate,
     Deleted,
@@ -35,6 +36,7 @@ from longtake.serve.guard import BodyLimit, Guard
 from longtake.serve.ledger import COMPLETED, UNFINISHED, Record, Search
 from longtake.serve.live import Live
 from longtake.serve.metrics import exposition
+from longtake.serve.pages import StartImageList, page_router, start_image
 from longtake.serve.requests import Refused, SearchRequest, VideoRequest, candidates, checked, parsed
 from longtake.serve.results import Results
 from longtake.serve.settings import Settings
@@ -62,6 +64,7 @@ def _body_of(kind: type[VideoRequest]) -> dict[str, Any]:
 
 app = FastAPI(title="Longtake", version=longtake.__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
 app.add_middleware(BodyLimit)
+app.include_router(page_router)
 
 
 @app.exception_handler(Refused)
@@ -301,6 +304,18 @@ class Api:
             raise Refused(404, f"there is no such model, but {self.config.name!r}", "model")
         return self._model()
 
+    @app.get("/v1/images", response_model=StartImageList)
+    async def images(self, authorization: Authorization = None) -> StartImageList:
+        """Images that came with the weights, for videos to begin at."""
+        self.guard.check(authorization)
+        return StartImageList.of(self.settings.folder)
+
+    @app.get("/v1/images/{image}", response_class=FileResponse)
+    async def image(self, image: str, authorization: Authorization = None) -> FileResponse:
+        """One of these, as PNG."""
+        self.guard.check(authorization)
+        return FileResponse(start_image(self.settings.folder, image), media_type="image/png")
+
     @app.get("/healthz", response_class=PlainTextResponse)
     async def health(self) -> str:
         """Whether this process answers."""
@@ -402,4 +417,5 @@ class Api:
             max_seconds=self.settings.max_seconds,
             refines=self.settings.refines,
             key_map=config.key_map,
+            steering=KEY_MAPS[config.key_map],
         )

@@ -130,7 +130,8 @@ class Live:
                 raise Refused(400, f"{name}: a session is told chunk by chunk", name)
         request = parsed(said | {"actions": "none-1"}, VideoRequest)
         wanted = await asyncio.to_thread(checked, request, None, self.settings.limits, True)
-        return await self.ask("open", key.name, wanted.request | {"live": True}, wanted.files)
+        kept = {name: value for name, value in wanted.request.items() if name != "actions"} | {"live": True}
+        return await self.ask("open", key.name, kept, wanted.files)
 
     async def _listen(self, key: Key, record: Record) -> None:
         chunk = self.config.frames_per_chunk

@@ -90,6 +90,12 @@ def test_the_wheel_holds_every_module(root, layers, wheel):
     assert held == modules | {"longtake/__init__.py"}
 
 
+def test_the_wheel_holds_the_web_page(root, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("longtake/serve/web/")}
+    assert held == {f"longtake/{path.relative_to(root)}" for path in (root / "serve" / "web").iterdir()} != set()
+
+
 def test_no_job_bears_the_name_of_an_installed_module(root):
     """`python jobs/x.py` puts jobs/ first on the path, and a working directory of Ray the root."""
     stems = {path.stem for path in [*(root / "jobs").glob("*"), *root.glob("*.py")]} - {"__pycache__", "README"}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import hashlib
 import io
 import json
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -33,7 +31,6 @@ import longtake.serve.client as client_package
 import longtake.serve.client.__main__ as client_command
 from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
-from longtake.serve.app import build
 from longtake.serve.ledger import Ledger
 from longtake.serve.metrics import CHUNK_SECONDS, METRICS
 
@@ -41,7 +38,6 @@ pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
 Server = tuple[str, Path, Callable[[], None]]
 FEW = SamplerConfig(2, 4.0, 1.0, timesteps=(1000, 800, 0), chunk_interval=1)
-KEYS = {"anna": "secret", "bert": "other"}
 
 
 @pytest.fixture(scope="module")
@@ -71,29 +67,17 @@ def image() -> bytes:
 
 @pytest.fixture(scope="module")
 def server(
-    ray_cluster: str, weights: Path, tmp_path_factory: pytest.TempPathFactory
+    start: Callable[..., str], weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Path, Callable]]:
     """Its address, its store, and what starts it anew there."""
-
     store = tmp_path_factory.mktemp("store")
-    digests = [{"name": n, "sha256": hashlib.sha256(k.encode()).hexdigest(), "videos": 3} for n, k in KEYS.items()]
-    (store / "keys.json").write_text(json.dumps({"keys": digests}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": None})
-    url = f"http://127.0.0.1:{port}"
 
-    def start() -> None:
-        settings: dict[str, Any] = dict(weights=str(weights), store=str(store), keys=str(store / "keys.json"))
-        settings |= dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=15)
-        serve.run(build(settings), name="longtake", route_prefix="/")
-        while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
-            time.sleep(0.2)
+    def again() -> str:
+        limits: dict[str, Any] = dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=15)
+        return start(store, weights=str(weights), **limits)
 
-    start()
-    yield url, store, start
-    serve.shutdown()
+    yield again(), store, again
+    serve.delete("longtake")
 
 
 @pytest.fixture
