@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import socket
 import time
@@ -11,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import openai
 import pytest
+from PIL import Image
+
+from longtake.model.config import SamplerConfig, WorldModelConfig
+from longtake.model.pipeline import WorldPipeline
 
 KEYS = {"anna": "secret", "bert": "other"}
+FEW = SamplerConfig(2, 4.0, 1.0, timesteps=(1000, 800, 0), chunk_interval=1)
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +56,50 @@ def start(proxy: str) -> Callable[..., str]:
         return url
 
     return run
+
+
+@pytest.fixture(scope="module")
+def weights(small_config: WorldModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, of all parts, in chunks and blocks."""
+    config = dataclasses.replace(
+        small_config,
+        name="tiny-streaming",
+        fps=16.0,
+        softmax_dtype="float32",
+        chunk_causal=True,
+        chunk_window=1,
+        sampler=FEW,
+        refiner=dataclasses.replace(small_config.refiner, block_size=3),
+    )
+    folder = tmp_path_factory.mktemp("weights")
+    WorldPipeline.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server(
+    start: Callable[..., str], weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path, Callable]]:
+    """Its address, its store, and what starts it anew there."""
+    store = tmp_path_factory.mktemp("store")
+
+    def again() -> str:
+        limits: dict[str, Any] = dict(max_running=2, max_queued=2, max_upload=1 << 16, max_seconds=30, session_idle=15)
+        return start(store, weights=str(weights), **limits)
+
+    yield again(), store, again
+    from ray import serve
+
+    serve.delete("longtake")
+
+
+@pytest.fixture
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="secret", max_retries=0)
