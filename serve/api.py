@@ -32,7 +32,7 @@ from longtake.serve.answers import (
     Video,
     VideoList,
 )
-from longtake.serve.guard import BodyLimit, Guard
+from longtake.serve.guard import BodyLimit, Guard, SameOrigin
 from longtake.serve.ledger import COMPLETED, UNFINISHED, Record, Search
 from longtake.serve.live import Live
 from longtake.serve.metrics import exposition
@@ -48,7 +48,7 @@ _log = logging.getLogger("longtake.serve")
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Error} for status in (400, 401, 404, 405, 409, 413, 422, 429, 503)
+    status: {"model": Error} for status in (400, 401, 403, 404, 405, 409, 413, 422, 429, 503)
 }
 
 
@@ -64,6 +64,7 @@ def _body_of(kind: type[VideoRequest]) -> dict[str, Any]:
 
 app = FastAPI(title="Longtake", version=longtake.__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
 app.add_middleware(BodyLimit)
+app.add_middleware(SameOrigin)
 app.include_router(page_router)
 
 

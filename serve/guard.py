@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longtake.serve.requests import Refused
@@ -123,6 +124,27 @@ class BodyLimit:
         headers: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+class SameOrigin:
+    """Middleware: pages of other origins change nothing and open no session. Without keys they could, since browsers send
+    forms and open WebSockets to any address, this machine's own too.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin")
+        hosts = headers.get(b"host"), headers.get(b"x-forwarded-host")
+        if origin is None or scope.get("method") in ("GET", "HEAD") or origin.partition(b"://")[2] in hosts:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "another origin"})
+        else:
+            refused = Refused(403, "pages of other origins may not ask: a proxy in between must keep Host")
+            await JSONResponse(refused.body(), 403)(scope, receive, send)
 
 
 class TooLong(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import boto3
 import pytest
 import torch
 
-from longtake.serve.guard import ANYBODY, Guard
+from longtake.serve.guard import ANYBODY, Guard, SameOrigin
 from longtake.serve.ledger import COMPLETED, QUEUED, RUNNING, Ledger, Record
 from longtake.serve.requests import Refused
 from longtake.serve.results import Results
@@ -127,3 +128,33 @@ def test_a_file_of_keys_that_is_none_is_refused(tmp_path, text):
 def test_settings_that_are_wrong_are_named_before_anything_starts(field, given):
     with pytest.raises(ValueError, match=field.split(".")[0] if field != "weights" else "nowhere"):
         Settings.checked(given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "headers", "passes"),
+    [
+        ("http", "POST", {}, True),  # no browser
+        ("http", "POST", {"origin": "http://here:8000"}, True),
+        ("http", "POST", {"origin": "https://proxy", "x-forwarded-host": "proxy"}, True),
+        ("http", "GET", {"origin": "http://there"}, True),  # whose answer the browser keeps from that page
+        ("http", "POST", {"origin": "http://there"}, False),
+        ("http", "DELETE", {"origin": "null"}, False),
+        ("websocket", None, {"origin": "http://here:8000"}, True),
+        ("websocket", None, {"origin": "http://there"}, False),
+    ],
+)
+def test_pages_of_other_origins_change_nothing(kind, method, headers, passes):
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    given = [(name.encode(), value.encode()) for name, value in ({"host": "here:8000"} | headers).items()]
+    scope = {"type": kind, "headers": given} | ({"method": method} if method else {})
+    asyncio.run(SameOrigin(app)(scope, None, send))  # type: ignore[arg-type]
+    assert bool(passed) == passes
+    refused = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}[kind]
+    assert passes or (sent[0]["type"], sent[0].get("status")) == refused
