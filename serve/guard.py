@@ -127,8 +127,8 @@ class BodyLimit:
 
 
 class SameOrigin:
-    """Middleware: pages of other origins change nothing and open no session. Without keys they could, since browsers send
-    forms and open WebSockets to any address, this machine's own too.
+    """Middleware: pages of other origins change nothing and open no session. Without keys they could, since browsers
+    send forms and open WebSockets to any address, this machine's own too.
     """
 
     def __init__(self, app: ASGIApp) -> None:
