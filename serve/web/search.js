@@ -53,15 +53,18 @@ function made(search, candidate) {
   const name = element("h3", { textContent: candidate.actions });
   const facts = element("p", { className: "hint" });
   const item = element("li", { className: "card" }, shot, element("div", {}, name, facts, bar), scores);
-  shot.onclick = () => (location.hash = `${search.id}/${candidate.video}`);
+  let best = candidate.video; // the refined one, once it is there
   let status = null;
+  shot.onclick = () => (location.hash = `${search.id}/${best}`);
   return {
     item,
     shot,
     video: candidate.video,
     update(now) {
       item.classList.toggle("kept", now.kept);
-      facts.textContent = `seed ${now.seed}${now.score === null ? "" : ` · score ${now.score.toFixed(2)}`}`;
+      best = now.refined ?? now.video;
+      const score = now.score === null ? "" : ` · score ${now.score.toFixed(2)}`;
+      facts.textContent = `seed ${now.seed}${score}${now.refined ? " · refined" : ""}`;
       bar.hidden = !unfinished(now);
       bar.value = now.progress;
       scores.replaceChildren(...Object.entries(now.scores ?? {}).flatMap(([score, value]) => rated(score, value)));
