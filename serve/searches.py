@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ray.exceptions import RayError
@@ -17,9 +17,6 @@ from longtake.platform.evaluate.scores import WEIGHTS
 from longtake.platform.search.selection import Rule
 from longtake.serve.ledger import COMPLETED, FAILED, RUNNING, Record, Search
 from longtake.serve.requests import Wanted
-
-if TYPE_CHECKING:
-    from longtake.serve.videos import Videos
 
 _ATTEMPTS = 8
 _log = logging.getLogger("longtake.serve")
@@ -30,7 +27,7 @@ class Searches:
     like another takes over what that one has made by then: its latents are the same.
     """
 
-    def __init__(self, videos: Videos) -> None:
+    def __init__(self, videos: Any) -> None:  # of `Videos`, which to a type checker is a deployment
         self._videos, self._table = videos, videos.ledger.searches
         self._tasks = {search.id: asyncio.create_task(self._run(search.id)) for search in self._table.unfinished()}
 
