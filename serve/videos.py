@@ -49,7 +49,7 @@ class Videos:
         self._tasks: dict[str, asyncio.Task] = {}
         self._seconds: deque[float] = deque(maxlen=32)  # that the last videos took
         self._counts: defaultdict[str, float] = defaultdict(float)  # of this process, by their names in `metrics`
-        self._moved = asyncio.Condition()
+        self._moved = asyncio.Event()  # the next move; no lock, which one who is cancelled while waiting can leave shut
         self._making: set[str] = set()  # of the tasks, those that waited in the queue
         self._runs: dict[str, str] = {}  # which attempt to make it is the last
         self._begun: dict[str, int] = {}  # of live videos, the chunk that is being made
@@ -122,8 +122,7 @@ class Videos:
     async def done(self, id: str) -> Record | None:
         """Wait until it is; None when there is none any more."""
         while (record := self.ledger.get(id)) is not None and record.status in UNFINISHED:
-            async with self._moved:
-                await self._moved.wait()
+            await self._moved.wait()
         return record
 
     async def search(
@@ -205,15 +204,15 @@ class Videos:
         waited for, when more chunks than `look_ahead` have some already.
         """
         while (record := await self.get(owner, id)) is not None and record.status == RUNNING and id not in self._ended:
+            moved = self._moved
             number = self.ledger.given(id)
             if number <= self._begun.get(id, 0) + self.settings.look_ahead:
                 self.ledger.act(id, number, keys, sequence)
-                await self._told()
+                self._told()
                 return number
             if not wait:
                 return None
-            async with self._moved:
-                await self._moved.wait()
+            await moved.wait()
         return None
 
     async def next(self, id: str, run: str, number: int) -> str | None:
@@ -224,17 +223,18 @@ class Videos:
         while (record := self.ledger.get(id)) is not None and self._runs.get(id) == run:
             if not record.live:
                 return ""
-            self._begun[id] = number
-            await self._told()
+            if self._begun.get(id) != number:
+                self._begun[id] = number
+                self._told()
+            moved = self._moved
             if found := self.ledger.actions(id, number):
                 return found[0]
             left = end - time.monotonic()
             if id in self._ended or left <= 0:
                 self._ended.setdefault(id, "idle")
                 return None
-            async with self._moved:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._moved.wait(), left)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(moved.wait(), left)
         return None
 
     async def said(self, id: str, number: int) -> tuple[str, int | None]:
@@ -245,7 +245,7 @@ class Videos:
         """Let a live video end after the chunk that is being made."""
         if (record := await self.get(owner, id)) is not None and record.live:
             self._ended.setdefault(id, "ended")
-            await self._told()
+            self._told()
 
     async def why_ended(self, id: str) -> str:
         return self._ended.get(id, "ended")
@@ -270,7 +270,7 @@ class Videos:
         if id in self._waiting:
             self._waiting.remove(id)
         await asyncio.to_thread(self.results.remove, id)
-        await self._told()
+        self._told()
         return True
 
     async def watch(self, owner: str, id: str, fragments: int, seconds: float) -> tuple[Record, int] | None:
@@ -278,15 +278,16 @@ class Videos:
         the seconds have passed.
         """
         end = time.monotonic() + seconds
-        while (record := await self.get(owner, id)) is not None:
+        while True:
+            moved = self._moved
+            if (record := await self.get(owner, id)) is None:
+                return None
             count = await asyncio.to_thread(self.results.numbered, f"{id}/video", ".m4s")
             left = end - time.monotonic()
             if count > fragments or record.status not in UNFINISHED or left <= 0:
                 return record, count
-            async with self._moved:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._moved.wait(), left)
-        return None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(moved.wait(), left)
 
     async def figures(self) -> dict[str, float]:
         """For a scrape, as `metrics` names them."""
@@ -335,7 +336,7 @@ class Videos:
             self._begun.pop(id, None)
             self._runs.pop(id, None)
             self._start()
-            await self._told()
+            self._told()
 
     async def _outlasting(self, record: Record) -> str | None:
         """Have the video made, again and again while replicas die under it; what a person is told if it cannot be."""
@@ -378,7 +379,7 @@ class Videos:
             self._counts["longtake_frames_total"] += max(0, frames - before)
             before = max(before, frames)
             self.ledger.update(record.id, parts=frames)
-            await self._told()
+            self._told()
         if self.ledger.get(record.id) is None:
             return
         if await asyncio.to_thread(self.results.numbered, f"{record.id}/video", ".m4s"):
@@ -388,9 +389,9 @@ class Videos:
         for name, data in given.items():
             await asyncio.to_thread(self.results.put, f"{id}/{name}", data)
 
-    async def _told(self) -> None:
-        async with self._moved:
-            self._moved.notify_all()
+    def _told(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
 
 
 def _ended(status: str) -> str:
