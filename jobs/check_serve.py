@@ -436,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calm", type=float, default=3, help="minutes afterwards in which none is (default: %(default)s)")
     add("--customers", type=int, default=64, help="who ask at once (default: %(default)s)")
     add("--sessions", type=int, default=200, help="live ones, within --minutes (default: %(default)s)")
-    add("--kill-every", type=float, default=30, metavar="SECONDS", help="about (default: %(default)s)")
+    add("--kill-every", type=float, default=40, metavar="SECONDS", help="about (default: %(default)s)")
     add("--most", type=int, default=3, help="replicas of a kind (default: %(default)s)")
     add("--together", type=int, default=4, help="videos that one works on at once (default: %(default)s)")
     add("--faults", type=float, default=0.0, help="share of a stage's steps that fail at random (default: %(default)s)")

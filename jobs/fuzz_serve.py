@@ -139,7 +139,8 @@ async def _request(http: httpx.AsyncClient, made: Case, victims: Victims) -> set
         return {"unanswered"}
     if answer.status_code >= 500:
         return {"status_5xx"}
-    if answer.status_code >= 400 and made.method != "HEAD":
+    ranged = answer.status_code in (400, 416) and "Range" in made.headers  # a bad one is answered by Starlette
+    if answer.status_code >= 400 and made.method != "HEAD" and not ranged:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return set() if isinstance(answer.json()["error"]["message"], str) else {"shapeless"}
         return {"shapeless"}

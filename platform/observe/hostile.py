@@ -314,7 +314,7 @@ def _path(chance: random.Random, victims: Victims) -> Case:
         path = chance.choice(_PATHS)
     if chance.random() < 0.7:
         path += "?" + "&".join(chance.choices(_QUERIES, k=chance.randrange(1, 3)))
-    method = chance.choice(["GET"] * 9 + ["HEAD", "PUT", "PATCH", "OPTIONS", "TRACE", "DELETE", "POST", "FOO"])
+    method = chance.choice(["GET"] * 9 + ["HEAD", "PUT", "PATCH", "OPTIONS", "TRACE", "DELETE", "POST", "PROPFIND"])
     if method == "DELETE" and chosen in known:
         method = "GET"
     headers = {"Range": chance.choice(_RANGES)} if chance.random() < 0.6 else _odd_headers(chance)
