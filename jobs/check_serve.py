@@ -19,7 +19,6 @@ import json
 import os
 import random
 import signal
-import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -37,7 +36,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.observe.served import Replica, Server, growth, picture, replicas, small_weights
+from longtake.platform.observe.served import Replica, growth, picture, replicas, small_server
 
 KINDS = ("Stage1", "Refine", "Decode")
 RUNNING, QUEUED, SESSIONS, IDLE = 6, 24, 6, 5
@@ -59,14 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(json.dumps(vars(args) | {"settings": settings}, indent=2))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        small_weights(args.preset, Path(folder, "weights"))
-        given = ["--preset", args.preset, "--weights", f"{folder}/weights", "--store", f"{folder}/store"]
-        given += [word for setting in settings for word in ("--set", setting)]
-        program = [("infra/faulty_server.py", str(args.faults))] if args.faults else []
-        with Server(given, *program) as server:
-            load = Load(server.url, args)
-            asyncio.run(load.run())
+    program = dict(program=("infra/faulty_server.py", str(args.faults))) if args.faults else {}
+    with small_server(args.preset, settings, **program) as server:
+        load = Load(server.url, args)
+        asyncio.run(load.run())
     figures = load.figures()
     for name, figure in figures.items():
         print(f"{name:40} {figure:.6g}")

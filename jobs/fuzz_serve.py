@@ -28,7 +28,7 @@ from longtake.platform.observe import measurements
 from longtake.platform.observe.hostile import KINDS, Case, Victims, case
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.progress import Progress
-from longtake.platform.observe.served import Server, picture, replicas, small_weights
+from longtake.platform.observe.served import picture, replicas, small_server
 
 KEY = "secret"
 QUIET = 1.0  # seconds without a word after which a server is taken to say no more over a WebSocket, or to bad HTTP
@@ -43,16 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(json.dumps(vars(args) | {"settings": SETTINGS}, indent=2))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        small_weights(args.preset, Path(folder, "weights"))
-        given = ["--preset", args.preset, "--weights", f"{folder}/weights", "--store", f"{folder}/store"]
-        given += [word for setting in SETTINGS for word in ("--set", setting)]
-        with Server([*given, "--keys", _keys(Path(folder, "keys.json"))]) as server:
-            before = set(replicas())
-            found = asyncio.run(fuzzed(server.url, args.seed, range(args.cases), KEY))
-            found["schema_cases"], failures = schema_driven(server.url, args.examples, KEY)
-            crashes = len(before - set(replicas())) + sum(not server.answers(at) for at in ("/healthz", "/readyz"))
-            asyncio.run(_victims(server.url, KEY))  # it still does what it is for
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        small_server(args.preset, SETTINGS, "--keys", _keys(Path(folder, "keys.json"))) as server,
+    ):
+        before = set(replicas())
+        found = asyncio.run(fuzzed(server.url, args.seed, range(args.cases), KEY))
+        found["schema_cases"], failures = schema_driven(server.url, args.examples, KEY)
+        crashes = len(before - set(replicas())) + sum(not server.answers(at) for at in ("/healthz", "/readyz"))
+        asyncio.run(_victims(server.url, KEY))  # it still does what it is for
     names = ("cases", "accepted", "status_5xx", "unanswered", "shapeless")
     figures = {name: found[name] for name in names} | {"crashes": crashes}
     figures |= {"schema_cases": found["schema_cases"], "schema_failures": failures}

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     given: dict[str, Any] = {"preset": args.preset, "weights": args.weights, "store": args.store, "keys": args.keys}
     for text in args.set:
-        _put(given, text)
+        put(given, text)
     settings = Settings.checked(given)
     if args.host not in ("127.0.0.1", "localhost", "::1") and settings.keys is None:
         raise ValueError(f"--host {args.host} can be reached by others: give --keys, or serve 127.0.0.1 alone")
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     serve.shutdown()
 
 
-def _put(given: dict[str, Any], text: str) -> None:
+def put(given: dict[str, Any], text: str) -> None:
     """FIELD=VALUE, or DEPLOYMENT.FIELD=VALUE. ValueError for what is neither."""
     name, found, value = text.partition("=")
     if not found or not name:

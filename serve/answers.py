@@ -1,11 +1,21 @@
 """What the API answers: OpenAI's shapes, and those that follow them."""
 
 # Annotations are values here, as in api.py.
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from longtake.model.camera import KeyMap
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class Failure(BaseModel):
@@ -35,12 +45,8 @@ class Video(BaseModel):
     error: Failure | None = None
 
 
-class VideoList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class VideoList(Page[Video]):
+    pass
 
 
 class Deleted(BaseModel):
@@ -84,12 +90,8 @@ class SearchAnswer(BaseModel):
     error: Failure | None
 
 
-class SearchList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[SearchAnswer]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class SearchList(Page[SearchAnswer]):
+    pass
 
 
 class SearchDeleted(BaseModel):

@@ -4,7 +4,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Header, Path, Query, Request, WebSocket
@@ -97,6 +97,9 @@ async def _unavailable(_: Request, error: Exception) -> JSONResponse:
 
 Authorization = Annotated[str | None, Header(include_in_schema=False)]
 Once = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
+Limit = Annotated[int, Query(ge=1, le=100)]
+After = Annotated[str | None, Query(max_length=64)]
+Order = Literal["asc", "desc"]
 Id = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
 SearchId = Annotated[str, Path(pattern=r"^search_[0-9a-f]{32}$")]
 
@@ -157,25 +160,15 @@ class Api:
         key = self.guard.check(authorization)
         given, upload = await _body(request)
         wanted = await asyncio.to_thread(checked, parsed(given, VideoRequest), upload, self.limits)
-        given_once = key.videos, idempotency_key, wanted.files
-        return self._video(await self._ask("submit", key.name, wanted.request, wanted.frames, *given_once))
+        return self._video(await self._ask("submit", key.name, wanted, key.videos, idempotency_key))
 
     @app.get("/v1/videos", response_model=VideoList)
     async def page(
-        self,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[str | None, Query(max_length=64)] = None,
-        order: Literal["asc", "desc"] = "desc",
-        authorization: Authorization = None,
+        self, limit: Limit = 20, after: After = None, order: Order = "desc", authorization: Authorization = None
     ) -> VideoList:
         """Your videos, the newest first."""
-        key = self.guard.check(authorization)
-        found = await self._ask("page", key.name, limit + 1, after, order == "desc")
-        if found is None:
-            raise Refused(404, "after: there is no such video", "after")
-        page = [self._video(record) for record in found[:limit]]
-        ids = [video.id for video in page] or [None]
-        return VideoList(data=page, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
+        listed = limit, after, order, authorization
+        return VideoList(**await self._page("video", "page", self._video, *listed))
 
     @app.get("/v1/videos/{id}", response_model=Video)
     async def retrieve(self, id: Id, authorization: Authorization = None) -> Video:
@@ -258,20 +251,12 @@ class Api:
 
     @app.get("/v1/searches", response_model=SearchList)
     async def searches(
-        self,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[str | None, Query(max_length=64)] = None,
-        order: Literal["asc", "desc"] = "desc",
-        authorization: Authorization = None,
+        self, limit: Limit = 20, after: After = None, order: Order = "desc", authorization: Authorization = None
     ) -> SearchList:
         """Your searches, the newest first."""
-        key = self.guard.check(authorization)
-        found = await self._ask("page_searches", key.name, limit + 1, after, order == "desc")
-        if found is None:
-            raise Refused(404, "after: there is no such search", "after")
-        page = [self._search(each) for each in found[:limit]]
-        ids = [search.id for search in page] or [None]
-        return SearchList(data=page, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
+        return SearchList(
+            **await self._page("search", "page_searches", self._search, limit, after, order, authorization)
+        )
 
     @app.get("/v1/searches/{id}", response_model=SearchAnswer)
     async def retrieve_search(self, id: SearchId, authorization: Authorization = None) -> SearchAnswer:
@@ -342,6 +327,25 @@ class Api:
     async def _deployments(self) -> dict[str, Any]:
         known = await asyncio.to_thread(serve.status)
         return known.applications[serve.get_replica_context().app_name].deployments
+
+    async def _page(
+        self,
+        what: str,
+        method: str,
+        shown: Callable[[Any], Any],
+        limit: int,
+        after: str | None,
+        order: str,
+        authorization: str | None,
+    ) -> dict[str, Any]:
+        """Fields of a page of what this method of `Videos` finds."""
+        key = self.guard.check(authorization)
+        found = await self._ask(method, key.name, limit + 1, after, order == "desc")
+        if found is None:
+            raise Refused(404, f"after: there is no such {what}", "after")
+        data = [shown(each) for each in found[:limit]]
+        ids = [each.id for each in data] or [None]
+        return dict(data=data, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
 
     async def _record(self, id: str, authorization: str | None) -> Record:
         record = await self._ask("get", self.guard.check(authorization).name, id)

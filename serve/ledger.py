@@ -107,6 +107,11 @@ class Table(Generic[Kept]):
         found = self._select("WHERE id = ?", id)
         return found[0] if found else None
 
+    def owned(self, owner: str, id: str) -> Kept | None:
+        """What `get` gives to its owner, and to nobody else."""
+        record = self.get(id)
+        return record if record is not None and record.owner == owner else None
+
     def once(self, owner: str, once: str) -> Kept | None:
         found = self._select("WHERE owner = ? AND once = ?", owner, once)
         return found[0] if found else None
@@ -119,6 +124,11 @@ class Table(Generic[Kept]):
             where += f" AND (created_at, id) {sign} (?, ?)"
             values += [after.created_at, after.id]
         return self._select(f"{where} ORDER BY created_at {order}, id {order} LIMIT ?", *values, limit)
+
+    def page_after(self, owner: str, limit: int, after: str | None, newest_first: bool) -> list[Kept] | None:
+        """The same by its name; None when its owner has none of that name."""
+        before = None if after is None else self.owned(owner, after)
+        return None if after is not None and before is None else self.page(owner, limit, before, newest_first)
 
     def unfinished(self) -> list[Kept]:
         """The oldest first."""

@@ -154,12 +154,12 @@ def candidates(request: SearchRequest, upload: bytes | None, limits: Limits) -> 
     if request.keep > count:
         raise Refused(400, f"keep: {request.keep} of {count} candidates cannot be kept", "keep")
     common = request.model_dump(include=set(VideoRequest.model_fields) - {"actions", "poses", "seed", "refine"})
-    image, found = _image_of(request, upload), []
+    start, found = _start(request, upload, limits), []
     for actions in request.candidates:
         for seed in range(request.seed, request.seed + request.seeds):
             try:
                 one = VideoRequest(**common, actions=actions, seed=seed, refine=False)
-                found.append(_wanted(one, image, limits))
+                found.append(_wanted(one, start, limits))
             except ValidationError as error:
                 raise named(error) from None
             except Refused as refused:
@@ -173,14 +173,18 @@ def candidates(request: SearchRequest, upload: bytes | None, limits: Limits) -> 
 
 def checked(request: VideoRequest, upload: bytes | None, limits: Limits, live: bool = False) -> Wanted:
     """live: the path is only where the camera begins. Refused, naming the field."""
-    return _wanted(request, _image_of(request, upload), limits, live)
+    return _wanted(request, _start(request, upload, limits), limits, live)
 
 
-def _image_of(request: VideoRequest, upload: bytes | None) -> Image.Image:
-    return _image(upload if upload is not None else _decoded(request.image))
+def _start(request: VideoRequest, upload: bytes | None, limits: Limits) -> tuple[tuple[int, int], bytes]:
+    """Height and width of the image as it was sent, and a PNG of it at the model's size."""
+    image, png = _image(upload if upload is not None else _decoded(request.image)), io.BytesIO()
+    height, width = limits.config.image_size
+    ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS).save(png, "PNG")
+    return (image.height, image.width), png.getvalue()
 
 
-def _wanted(request: VideoRequest, image: Image.Image, limits: Limits, live: bool = False) -> Wanted:
+def _wanted(request: VideoRequest, start: tuple[tuple[int, int], bytes], limits: Limits, live: bool = False) -> Wanted:
     config = limits.config
     height, width = config.image_size
     if request.model not in (None, config.name):
@@ -189,17 +193,17 @@ def _wanted(request: VideoRequest, image: Image.Image, limits: Limits, live: boo
         raise Refused(400, f"size: this model makes {width}x{height}", "size")
     if request.refine and not limits.refines:
         raise Refused(400, "refine: this server does not refine", "refine")
-    path = _path(request, config, (image.height, image.width), limits.max_seconds)
+    sent_size, png = start
+    path = _path(request, config, sent_size, limits.max_seconds)
     kept = request.model_dump(exclude={"image", "poses"}, exclude_none=True) | {
         "model": config.name,
         "seconds": (path.num_frames - 1) / config.fps,
         "refine": limits.refines if request.refine is None else request.refine,
     }
-    png, arrays = io.BytesIO(), io.BytesIO()
-    ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS).save(png, "PNG")
+    arrays = io.BytesIO()
     whole = path.c2w[:1] if live else _whole_chunks(path.c2w, config.frames_per_chunk)
     np.savez(arrays, c2w=whole.numpy(), intrinsics=path.intrinsics[0].numpy(), frames=path.num_frames)
-    return Wanted(path.num_frames, {"image.png": png.getvalue(), "path.npz": arrays.getvalue()}, kept)
+    return Wanted(path.num_frames, {"image.png": png, "path.npz": arrays.getvalue()}, kept)
 
 
 def _decoded(text: str | None) -> bytes:

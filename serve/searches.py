@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import logging
 import time
@@ -18,7 +19,8 @@ from longtake.platform.search.selection import Rule
 from longtake.serve.ledger import COMPLETED, FAILED, RUNNING, Record, Search
 from longtake.serve.requests import Wanted
 
-_ATTEMPTS = 8
+ATTEMPTS = 8  # in a row, none of which got any further
+_LONGEST_PAUSE = 10.0  # seconds between two
 _log = logging.getLogger("longtake.serve")
 
 
@@ -38,10 +40,8 @@ class Searches:
         if once and (before := self._table.once(owner, once)):
             return before
         search = Search(f"search_{uuid.uuid4().hex}", owner, request, [], once)
-        requests = [each.request | {"search": search.id} for each in wanted]
-        accepted = await self._videos.accept(
-            owner, [(request, each.frames, each.files) for request, each in zip(requests, wanted, strict=True)], most
-        )
+        drafts = [dataclasses.replace(each, request=each.request | {"search": search.id}) for each in wanted]
+        accepted = await self._videos.accept(owner, drafts, most)
         search.candidates = [
             {"video": record.id, "actions": record.request["actions"], "seed": record.request["seed"]}
             for record in accepted
@@ -55,17 +55,15 @@ class Searches:
 
     def get(self, owner: str, id: str) -> tuple[Search, dict[str, Record]] | None:
         """With its videos that are still there."""
-        search = self._table.get(id)
-        return None if search is None or search.owner != owner else (search, self._records(search))
+        search = self._table.owned(owner, id)
+        return None if search is None else (search, self._records(search))
 
     def page(
         self, owner: str, limit: int, after: str | None, newest_first: bool
     ) -> list[tuple[Search, dict[str, Record]]] | None:
         """A page; None when there is no search `after`."""
-        before = None if after is None else self._table.get(after)
-        if after is not None and (before is None or before.owner != owner):
-            return None
-        return [(each, self._records(each)) for each in self._table.page(owner, limit, before, newest_first)]
+        found = self._table.page_after(owner, limit, after, newest_first)
+        return None if found is None else [(each, self._records(each)) for each in found]
 
     async def delete(self, owner: str, id: str) -> bool:
         """Forget it and all its videos."""
@@ -85,8 +83,8 @@ class Searches:
         def lend() -> None:
             mine, most, best = _path(results.get(f"{record.id}/path.npz")), 0, None
             for other in others:
-                if other != record.id and results.has(f"{other}/path.npz"):
-                    made = results.numbered(f"{other}/stage1")
+                made = 0 if other == record.id else results.numbered(f"{other}/stage1")
+                if made > most and results.has(f"{other}/path.npz"):
                     alike = _alike(mine, _path(results.get(f"{other}/path.npz")))
                     if (shared := min(made, max(0, alike - 1) // chunk)) > most:
                         most, best = shared, other
@@ -108,13 +106,13 @@ class Searches:
                     return
                 except Exception as error:
                     failed += 1
-                    if not isinstance(error, RayError) or failed == _ATTEMPTS:
+                    if not isinstance(error, RayError) or failed == ATTEMPTS:
                         _log.exception("%s cannot go on", id)
                         said = "the server could not finish it: its videos are there, ask for another search"
                         self._table.update(id, status=FAILED, completed_at=time.time(), error=said)
                         return
                     _log.warning("%s stopped: %s", id, error)
-                    await asyncio.sleep(min(10, 0.5 * 2**failed))
+                    await pause(failed)
         finally:
             del self._tasks[id]
 
@@ -157,6 +155,11 @@ class Searches:
         for candidate in kept:
             if "refined" in candidate:
                 await videos.done(candidate["refined"])
+
+
+async def pause(failed: int) -> None:
+    """Before it is tried again, after so many failures."""
+    await asyncio.sleep(min(_LONGEST_PAUSE, 0.5 * 2**failed))
 
 
 def _path(data: bytes) -> np.ndarray:

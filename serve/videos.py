@@ -19,13 +19,11 @@ from longtake.platform.observe.job import user_message
 from longtake.serve.ledger import COMPLETED, FAILED, QUEUED, RUNNING, UNFINISHED, Ledger, Record, Search
 from longtake.serve.requests import Wanted
 from longtake.serve.results import Results
-from longtake.serve.searches import Searches
+from longtake.serve.searches import ATTEMPTS, Searches, pause
 from longtake.serve.settings import Settings
 from longtake.serve.task import ENDLESS, Task
 
-_ATTEMPTS = 8  # in a row, none of which made a chunk
 WATCH_SECONDS = 20.0  # that one `watch` lasts, at most
-_LONGEST_PAUSE = 10.0  # seconds between two
 _log = logging.getLogger("longtake.serve")
 
 
@@ -68,24 +66,14 @@ class Videos:
         self.searches = Searches(self)
         self._start()
 
-    async def submit(
-        self, owner: str, request: dict[str, Any], total: int, most: int, once: str | None, given: dict[str, bytes]
-    ) -> Record:
-        """Accept a video of `total` frames with its files, once for each `once`. Busy when too many wait, of all or,
-        more than `most`, of this owner.
-        """
+    async def submit(self, owner: str, wanted: Wanted, most: int, once: str | None) -> Record:
+        """Accept a video, once for each `once`. Busy when too many wait, of all or, more than `most`, of this owner."""
         if once and (before := self.ledger.once(owner, once)):
             return before
-        return (await self.accept(owner, [(request, total, given)], most, once))[0]
+        return (await self.accept(owner, [wanted], most, once))[0]
 
-    async def accept(
-        self,
-        owner: str,
-        wanted: Sequence[tuple[dict[str, Any], int, dict[str, bytes]]],
-        most: int,
-        once: str | None = None,
-    ) -> list[Record]:
-        """All of these videos, by request, frames and files, or none. Busy as `submit`. With a `once` it is one."""
+    async def accept(self, owner: str, wanted: Sequence[Wanted], most: int, once: str | None = None) -> list[Record]:
+        """All of these videos or none. Busy as `submit`. With a `once` it is one."""
         unfinished = [record for record in self.ledger.unfinished() if not record.live]
         room = self.settings.max_queued + self.settings.max_running
         if len(unfinished) + self._coming(False) + len(wanted) > room:
@@ -93,10 +81,10 @@ class Videos:
         own = sum(record.owner == owner for record in unfinished) + self._arriving[False, owner]
         if own + len(wanted) > most:
             raise self._busy(f"{own} of your videos wait or are made, and at most {most} may be", self._until_next())
-        records = [Record(_new_id(), owner, request, total, once) for request, total, _ in wanted]
+        records = [Record(_new_id(), owner, each.request, each.frames, once) for each in wanted]
         with self._arrival(False, owner, len(records)):
-            for record, (_, _, given) in zip(records, wanted, strict=True):
-                await self._put(record.id, given)
+            for record, each in zip(records, wanted, strict=True):
+                await self._put(record.id, each.files)
         for number, record in enumerate(records):
             if (kept := self.ledger.add(record)) is not record:  # the same request was sent twice at once
                 await asyncio.to_thread(self.results.remove, record.id)
@@ -251,15 +239,11 @@ class Videos:
         return self._ended.get(id, "ended")
 
     async def get(self, owner: str, id: str) -> Record | None:
-        record = self.ledger.get(id)
-        return record if record is not None and record.owner == owner else None
+        return self.ledger.owned(owner, id)
 
     async def page(self, owner: str, limit: int, after: str | None, newest_first: bool) -> list[Record] | None:
         """A page; None when there is no video `after`."""
-        before = None if after is None else await self.get(owner, after)
-        if after is not None and before is None:
-            return None
-        return self.ledger.page(owner, limit, before, newest_first)
+        return self.ledger.page_after(owner, limit, after, newest_first)
 
     async def delete(self, owner: str, id: str) -> bool:
         """Forget it, with its files; what is being made of it ends by itself."""
@@ -341,7 +325,7 @@ class Videos:
     async def _outlasting(self, record: Record) -> str | None:
         """Have the video made, again and again while replicas die under it; what a person is told if it cannot be."""
         failed = 0
-        while failed < _ATTEMPTS:
+        while failed < ATTEMPTS:
             before = await asyncio.to_thread(self.results.numbered, f"{record.id}/video", ".m4s")
             try:
                 await self._made(record)
@@ -357,7 +341,7 @@ class Videos:
                     _log.exception("a fault in the server")
             now = await asyncio.to_thread(self.results.numbered, f"{record.id}/video", ".m4s")
             failed = 0 if now > before else failed + 1
-            await asyncio.sleep(min(_LONGEST_PAUSE, 0.5 * 2**failed))
+            await pause(failed)
         return "the server could not make it: ask for it again, and tell who runs the server if that fails too"
 
     async def _made(self, record: Record) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -121,6 +122,19 @@ def small_weights(preset: str, folder: Path) -> None:
     shutil.copytree(source, folder)
     refiner = dataclasses.replace(config.refiner, block_size=3)
     weights.save_config(dataclasses.replace(config, refiner=refiner, image_size=(64, 96)), folder)
+
+
+@contextlib.contextmanager
+def small_server(
+    preset: str, settings: Sequence[str], *arguments: str, program: Sequence[str] = ("-m", "longtake.serve")
+) -> Iterator[Server]:
+    """A server of `small_weights`, with settings as --set takes them and other arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        small_weights(preset, Path(folder, "weights"))
+        given = ["--preset", preset, "--weights", f"{folder}/weights", "--store", f"{folder}/store"]
+        given += [word for setting in settings for word in ("--set", setting)]
+        with Server([*given, *arguments], program) as server:
+            yield server
 
 
 def picture() -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,20 @@ FOLDERS = (*LAYERS, "longtake", "infra", "tests", "docs")
 def layers(root: Path) -> tuple[str, ...]:
     """The folders that are sub-packages of longtake."""
     return tuple(layer for layer in LAYERS if any((root / layer).rglob("*.py")))
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[[Path, Path], Path]:
+    """Builds the wheel of a folder into another one; its file."""
+
+    def build(source: Path, out: Path) -> Path:
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+        command = [sys.executable, "-m", "pip", "wheel", *options, "."]
+        done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return next(out.glob("*.whl"))
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,14 @@ def project(root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(root: Path, built: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the wheel does. It is built from a copy, as setuptools writes beside the sources."""
     source, out = tmp_path_factory.mktemp("copy") / "serve" / "client", tmp_path_factory.mktemp("site")
     shutil.copytree(root / "serve" / "client", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        ".",
-    ]
-    built = subprocess.run([*command, "-w", str(out)], cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    wheel = built(source, out)
+    assert wheel.name.startswith("longtake_client-")
     assert not (source / "build").exists()  # it would be taken for sources
-    with zipfile.ZipFile(next(out.glob("longtake_client-*.whl"))) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         archive.extractall(out)
     return out
 

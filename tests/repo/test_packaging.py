@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def project(root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel(root: Path, layers: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(root: Path, layers: tuple[str, ...], built: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy because setuptools leaves its build folders in the tree."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
@@ -32,21 +33,7 @@ def wheel(root: Path, layers: tuple[str, ...], tmp_path_factory: pytest.TempPath
         shutil.copytree(root / folder, source / folder, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        ".",
-    ]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return next(out.glob("*.whl"))
+    return built(source, out)
 
 
 def test_the_package_list_equals_the_tree(root, layers, project):

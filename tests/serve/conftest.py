@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import socket
 import time
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from longtake.model.config import SamplerConfig, WorldModelConfig
 from longtake.model.pipeline import WorldPipeline
+from longtake.platform.observe.served import picture
 
 KEYS = {"anna": "secret", "bert": "other"}
 FEW = SamplerConfig(2, 4.0, 1.0, timesteps=(1000, 800, 0), chunk_interval=1)
@@ -48,7 +46,7 @@ def start(proxy: str) -> Callable[..., str]:
     def run(store: Path, prefix: str = "/", **settings: Any) -> str:
         digests = [{"name": n, "sha256": hashlib.sha256(k.encode()).hexdigest(), "videos": 3} for n, k in KEYS.items()]
         (store / "keys.json").write_text(json.dumps({"keys": digests}))
-        given = dict(store=str(store), keys=str(store / "keys.json"), **settings)
+        given = dict(store=str(store), keys=str(store / "keys.json")) | settings
         serve.run(build(given), name="longtake", route_prefix=prefix)
         url = proxy + prefix.rstrip("/")
         while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
@@ -78,9 +76,7 @@ def weights(small_config: WorldModelConfig, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def image() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return picture()
 
 
 @pytest.fixture(scope="module")

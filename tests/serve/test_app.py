@@ -9,7 +9,6 @@ import json
 import re
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from websockets.sync.client import connect
 
 import longtake.serve.client as client_package
 import longtake.serve.client.__main__ as client_command
+from longtake.platform.observe.served import replicas
 from longtake.serve.ledger import Ledger
 from longtake.serve.metrics import CHUNK_SECONDS, METRICS
 
@@ -61,17 +61,7 @@ def frames_of(data: bytes) -> int:
 
 
 def replica(deployment: str) -> psutil.Process:
-    """A process of this cluster's."""
-    node = ray.get_runtime_context().get_node_id()
-    session = ray._private.worker._global_node.get_session_dir_path()  # type: ignore[union-attr]
-    assert node
-    for raylet in psutil.process_iter(["cmdline"]):
-        if session in str(raylet.info["cmdline"]) and "raylet/raylet" in str(raylet.info["cmdline"]):
-            for process in raylet.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    if f"ServeReplica:longtake:{deployment}" in " ".join(process.cmdline()):
-                        return process
-    raise AssertionError(f"no replica of {deployment} runs")
+    return next(psutil.Process(each.pid) for each in replicas() if each.deployment == deployment)
 
 
 def test_openai_s_client_makes_watches_lists_and_deletes_a_video(client, server, image):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 from longtake.jobs.fuzz_serve import SETTINGS, fuzzed, schema_driven
 from longtake.platform.observe.hostile import KINDS, Victims, case
 from longtake.platform.observe.served import picture, replicas, small_weights
-from longtake.serve.app import build
+from longtake.serve.__main__ import put
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
 
@@ -24,20 +24,14 @@ API_TOGETHER = 8
 
 
 @pytest.fixture(scope="module")
-def url(proxy: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of an application with the job's limits, that takes few requests at once."""
+def url(start: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of an application with the job's limits, that takes few requests at once and asks for no key."""
     folder = tmp_path_factory.mktemp("hostile")
     small_weights("tiny-streaming", folder / "weights")
-    given: dict = {"weights": str(folder / "weights"), "store": str(folder / "store")}
-    given |= {"api": {"together": API_TOGETHER, "num_cpus": 0.5}}
-    for setting in SETTINGS:
-        name, _, value = setting.partition("=")
-        *outer, last = name.split(".")
-        (given.setdefault(outer[0], {}) if outer else given)[last] = int(value)
-    serve.run(build(given), name="longtake", route_prefix="/")
-    while httpx.get(f"{proxy}/readyz", timeout=60).status_code != 200:
-        time.sleep(0.2)
-    yield proxy
+    given: dict[str, Any] = {"weights": str(folder / "weights"), "keys": None}
+    for setting in (*SETTINGS, f"api.together={API_TOGETHER}", "api.num_cpus=0.5"):
+        put(given, setting)
+    yield start(folder, **given)
     serve.delete("longtake")
 
 
