@@ -44,7 +44,7 @@ def test_a_small_crowd_loses_nothing_when_a_replica_is_killed(ray_cluster, monke
         "--most",
         "1",
         "--together",
-        "10",
+        str(check_serve.RUNNING + check_serve.SESSIONS),
     ]
     check_serve.main([*words, "--kill-every", "6", "--no-write"])
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
