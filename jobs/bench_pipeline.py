@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.model import presets, weights
 from longtake.model.camera import Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import Residency, WorldPipeline
+from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
 from longtake.model.vae import decode_more
 from longtake.model.video import make_video
@@ -73,18 +74,9 @@ class Bench:
         self.image = np.zeros((*config.image_size, 3), np.uint8)
 
     def pipeline(self, *parts: str, residency: Residency = "all") -> WorldPipeline:
-        """With these parts, and texts of random features."""
-        torch.manual_seed(0)
-        with self.device if residency == "all" else torch.device("cpu"):
-            built = WorldPipeline.from_config(self.config, parts=parts, device=self.device).modules
-        modules = {name: nn.Module.to(module, self.dtype) for name, module in built.items()}
-        if "dit" in modules:
-            modules["dit"].lay_out()  # type: ignore[operator]
-        stage1, own = self.config.text, self.config.refiner
-        modules["text"] = _RandomText(stage1.length, self.config.text_dim, self.device, self.dtype)
-        if self.config.refiner_reads_own_text:
-            modules["refiner_text"] = _RandomText(1024, own.text_dim, self.device, self.dtype)
-        return WorldPipeline(self.config, modules, self.device, residency)
+        """With these parts and those that read texts."""
+        parts = (*parts, "text", "refiner_text") if self.config.refiner_reads_own_text else (*parts, "text")
+        return random_pipeline(self.config, parts, self.device, self.dtype, residency)
 
     def path(self, seconds: float) -> Trajectory:
         config = self.config
@@ -194,16 +186,6 @@ class Bench:
 
     def _peak(self) -> float:
         return measurements.peak_memory() / 1e9
-
-
-class _RandomText(nn.Module):
-    def __init__(self, length: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.given: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.shape = 1, length, dim
-
-    def encode(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
-        return torch.randn(self.shape, **self.given), torch.ones(self.shape[:2], device=self.given["device"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -73,16 +73,18 @@ class StartImageList(BaseModel):
     data: list[StartImage]
 
     @classmethod
-    def of(cls, folder: Path) -> StartImageList:
+    def of(cls, folder: Path | None) -> StartImageList:
         """Those in a folder of weights."""
+        if folder is None:
+            return cls(data=[])
         licence = _text(folder / "images" / "licence.txt").partition("\n")[0]
         found = [(path.stem, _text(path.with_suffix(".txt"))) for path in _images(folder)]
         return cls(data=[StartImage(id=id, prompt=prompt, licence=licence) for id, prompt in found])
 
 
-def start_image(folder: Path, id: str) -> Path:
+def start_image(folder: Path | None, id: str) -> Path:
     """Its file. Refused for what is not in the list."""
-    for path in _images(folder):
+    for path in _images(folder) if folder is not None else ():
         if path.stem == id:
             return path
     raise Refused(404, "there is no such image", "image")

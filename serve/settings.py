@@ -54,11 +54,12 @@ class Scaling(_Strict):
 
 
 class Settings(_Strict):
-    """preset, weights: of a model that makes one chunk after another. refine: whether it can be asked to refine, by
-    default where the preset's refiner works by blocks. store: folder or s3:// prefix of all files that are made.
-    database: SQLite file of what was asked for; by default in `store`, which then must be a folder. database_node: a
-    custom resource that, of all of Ray's nodes, only the one with the database's disk has. keys: JSON file of API keys,
-    as serve/README.md says; without one anybody may ask, and only this machine should reach the port.
+    """preset, weights: of a model that makes one chunk after another. random_weights: of the preset's sizes, beside
+    random features of texts, to see what a machine can do. refine: whether it can be asked to refine, by default where
+    the preset's refiner works by blocks. store: folder or s3:// prefix of all files that are made. database: SQLite
+    file of what was asked for; by default in `store`, which then must be a folder. database_node: a custom resource
+    that, of all of Ray's nodes, only the one with the database's disk has. keys: JSON file of API keys, as
+    serve/README.md says; without one anybody may ask, and only this machine should reach the port.
 
     max_seconds: of a video. max_running: videos that are made at once; max_queued: that wait, of all keys together.
     max_upload: bytes of a request's body. max_sessions: live ones at once; session_idle: seconds without a word after
@@ -67,6 +68,7 @@ class Settings(_Strict):
 
     preset: str = "tiny-streaming"
     weights: str | None = None
+    random_weights: bool = False
     refine: bool | None = None
     store: str = "runs/serve"
     database: str | None = None
@@ -108,7 +110,10 @@ class Settings(_Strict):
             if (room := scaling.most * scaling.together) < at_once:
                 more = f"max_running + max_sessions = {at_once} are more: raise {name}.most or {name}.together"
                 raise ValueError(f"{name}: {scaling.most} replicas of {scaling.together} hold {room} videos, {more}")
-        check_folder(config, settings.folder, settings.parts)
+        if settings.random_weights and settings.weights is not None:
+            raise ValueError("random_weights: leave weights away, or this")
+        if settings.folder is not None:
+            check_folder(config, settings.folder, settings.parts)
         if settings.database is None and "://" in settings.store:
             raise ValueError("database: give the path of a file, where store is not a folder")
         if settings.keys is not None and not Path(settings.keys).is_file():
@@ -117,12 +122,13 @@ class Settings(_Strict):
 
     @cached_property
     def config(self) -> WorldModelConfig:
-        return weights.config_for(presets.get(self.preset), self.folder)
+        preset = presets.get(self.preset)
+        return preset if self.folder is None else weights.config_for(preset, self.folder)
 
     @cached_property
-    def folder(self) -> Path:
-        """Of the weights."""
-        return weights.resolve(presets.get(self.preset), self.weights)
+    def folder(self) -> Path | None:
+        """Of the weights; None where they are random."""
+        return None if self.random_weights else weights.resolve(presets.get(self.preset), self.weights)
 
     @property
     def refines(self) -> bool:

@@ -33,7 +33,9 @@ from torch import Tensor
 
 from longtake.model.camera import Steering
 from longtake.model.pipeline import WorldPipeline
+from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner import RefinerStream
+from longtake.model.refiner.refiner import SINK
 from longtake.model.vae import decode_more
 from longtake.platform.engine import Actions, Engine, Session, SessionStopped
 from longtake.platform.evaluate.novelty import describe
@@ -54,9 +56,14 @@ class Stage:
         self.results = Results(settings.store)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.pipeline = WorldPipeline.from_pretrained(settings.preset, settings.weights, self.device, self.dtype, parts)
+        self.pipeline = self._loaded(settings, parts)
         self.thread = ThreadPoolExecutor(1, "compute")
         self.seconds = Histogram(CHUNK_SECONDS, "From a chunk's beginning to its end, in one stage", BOUNDARIES)
+
+    def _loaded(self, settings: Settings, parts: tuple[str, ...]) -> WorldPipeline:
+        if settings.random_weights:
+            return random_pipeline(settings.config, parts, self.device, self.dtype)
+        return WorldPipeline.from_pretrained(settings.preset, settings.weights, self.device, self.dtype, parts)
 
     async def run(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._timed, work, *arguments)
@@ -148,6 +155,17 @@ class Refine(Stage):
     def __init__(self, settings: Settings, source: DeploymentHandle) -> None:
         super().__init__(settings, ("refiner",))
         self.source = source.options(stream=True)
+        if self.device.type == "cuda":
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Refine noise until a window is full: what is compiled or tuned is so before the first video."""
+        config = self.pipeline.config
+        text = torch.zeros(1, 1, config.refiner.text_dim, device=self.device, dtype=self.dtype)
+        stream = self.pipeline.refining(text, torch.ones(1, 1, device=self.device), [0])
+        block = torch.zeros(1, config.latent_channels, config.refiner.block_size or 1, *config.latent_size)
+        while stream.past.length < config.refiner.window - SINK:
+            list(stream.take(block.to(self.device)))
 
     async def latents(self, task: Task) -> AsyncGenerator[np.ndarray, None]:
         """(1, C, t, h, w): the first frame, then block after block."""
@@ -180,6 +198,14 @@ class Decode(Stage):
         self.config = self.pipeline.config
         self.stage1 = stage1.options(stream=True)
         self.refiner = None if refiner is None else refiner.options(stream=True)
+        if self.device.type == "cuda":
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Decode noise twice, as `Refine` refines it."""
+        part = torch.zeros(1, self.config.latent_channels, 3, *self.config.latent_size, device=self.device)
+        _, past = decode_more(self.pipeline.part("vae"), part, {})  # type: ignore[arg-type]
+        decode_more(self.pipeline.part("vae"), part, past)  # type: ignore[arg-type]
 
     async def fragments(self, task: Task) -> AsyncGenerator[int, None]:
         """How many frames the video has, after each fragment that is there."""

@@ -7,7 +7,7 @@ blocks, each seeing the sink and the last refined frames before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -191,9 +191,18 @@ class RefinerStream:
         before = past.frames - past.length - SINK
         there = refiner.places(range(before, before + SINK), latents)
         area = latents.shape[3] * latents.shape[4]
-        sinks = [(rotated(k, there), v) for k, v in past.sink]
-        parts = zip(sinks, past.history, strict=True) if past.history else zip(sinks, strict=True)
-        reading.before = [_with_room(each, frames * area) for each in parts]
+        reading.before = []
+        history = list(past.history)
+        # The history lies in what is made here, too: from there it is read from now on, so that it is held once.
+        self.past = past = replace(past, history=())
+        try:
+            for number, (k, v) in enumerate(past.sink):
+                parts = [(rotated(k, there), v), *history[number : number + 1]]
+                reading.before.append(_with_room(parts, frames * area))
+                if history:
+                    history[number] = _between(reading.before[-1], SINK * area, frames * area)
+        finally:
+            self.past = replace(past, history=tuple(history))
         return reading
 
     def _keep(self, refined: Tensor, reading: Reading) -> None:
@@ -202,8 +211,7 @@ class RefinerStream:
         refiner.velocity(refined, refined.new_zeros(len(refined), frames), reading)  # leaves its keys and values
         length = min(past.length + frames, refiner.window - SINK)
         assert reading.before is not None
-        last = slice(-length * area, None)
-        history = tuple((k[:, last], v[:, last]) for k, v in reading.before)
+        history = tuple(_between(each, each[0].shape[1] - length * area) for each in reading.before)
         self.past = RefinerPast(past.frames + frames, past.sink, history, length)
 
     def _reading(self, latents: Tensor) -> Reading:
@@ -211,6 +219,13 @@ class RefinerStream:
         reading = self.refiner.reading(latents, self._text, self._mask, self.past.frames)
         reading.text_keys = self._text_keys
         return reading
+
+
+def _between(each: KeysValues, first: int, last: int = 0) -> KeysValues:
+    """Without the first and the last tokens; nothing is copied."""
+    k, v = each
+    tokens = slice(first, k.shape[1] - last)
+    return k[:, tokens], v[:, tokens]
 
 
 def _with_room(parts: Sequence[KeysValues], tokens: int) -> KeysValues:

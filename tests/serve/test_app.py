@@ -26,6 +26,7 @@ from websockets.sync.client import connect
 
 import longtake.serve.client as client_package
 import longtake.serve.client.__main__ as client_command
+from longtake.jobs import bench_serve
 from longtake.platform.observe.served import replicas
 from longtake.serve.ledger import Ledger
 from longtake.serve.metrics import CHUNK_SECONDS, METRICS
@@ -332,6 +333,11 @@ def test_a_session_nobody_speaks_to_ends_and_says_so(server, encoded):
     person = Client(server[0], type="start", image=encoded)
     person.until("started")
     assert person.until("closed") == {"type": "closed", "reason": "idle"}
+
+
+def test_a_session_is_timed_from_its_first_frame_on(server):
+    first, chunk = bench_serve.session(server[0], 9, True)
+    assert chunk > 0 and first > 0
 
 
 def test_actions_that_come_too_early_are_dropped_where_the_client_will_have_it_so(server, encoded):

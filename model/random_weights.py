@@ -1,0 +1,51 @@
+"""A pipeline of random weights, on its device from the start: what a machine can do, before weights are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longtake.model.config import WorldModelConfig
+from longtake.model.dit.world_model import WorldModel
+from longtake.model.pipeline import Residency, WorldPipeline
+
+_REFINER_TEXT = 1024  # tokens of a prompt
+
+
+def random_pipeline(
+    config: WorldModelConfig,
+    parts: Sequence[str],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    residency: Residency = "all",
+) -> WorldPipeline:
+    """With these parts, as of `WorldPipeline.from_pretrained`. In place of text encoders, features are random."""
+    device = torch.device(device)
+    place = device if residency == "all" else torch.device("cpu")
+    torch.manual_seed(0)
+    modules: dict[str, nn.Module] = {}
+    for part in parts:
+        if part == "text":
+            modules[part] = _RandomText(config.text.length, config.text_dim, device, dtype)
+        elif part == "refiner_text":
+            modules[part] = _RandomText(_REFINER_TEXT, config.refiner.text_dim, device, dtype)
+        else:
+            with place:
+                modules |= WorldPipeline.from_config(config, device=place, parts=[part]).modules
+            nn.Module.to(modules[part], dtype)
+    if isinstance(dit := modules.get("dit"), WorldModel):
+        dit.lay_out()
+    return WorldPipeline(config, modules, device, residency)
+
+
+class _RandomText(nn.Module):
+    def __init__(self, length: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.length, self.dim, self.device, self.dtype = length, dim, device, dtype
+
+    def encode(self, captions: list[str], negative: bool = False) -> tuple[Tensor, Tensor]:
+        shape = len(captions), self.length
+        features = torch.randn(*shape, self.dim, device=self.device, dtype=self.dtype)
+        return features, torch.ones(shape, device=self.device)
