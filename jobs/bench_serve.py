@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     cards = min(2, torch.cuda.device_count()) if args.device == "cuda" else 0
     texts = [f"preset={args.preset}", "random_weights=true", f"look_ahead={args.chunks}", "max_running=1"]
     texts += ["max_sessions=1", *((), _ONE_CARD, _TWO_CARDS)[cards]]
+    texts += [f"{stage}.{most}" for stage in ("stage1", "refiner", "decoder") for most in ("together=2", "most=1")]
     given: dict[str, Any] = {}
     for text in texts:
         put(given, text)

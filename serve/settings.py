@@ -87,6 +87,15 @@ class Settings(_Strict):
     refiner: Scaling = Scaling(most=2, together=4)
     decoder: Scaling = Scaling(most=2, together=4)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_not_given_stays(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Of a deployment, too."""
+        own = {
+            name: field.default.model_dump() for name, field in cls.model_fields.items() if field.annotation is Scaling
+        }
+        return {k: own[k] | v if k in own and isinstance(v, dict) else v for k, v in given.items()}
+
     @classmethod
     def checked(cls, given: dict[str, Any]) -> Settings:
         """ValueError that names the field, before anything starts or loads."""

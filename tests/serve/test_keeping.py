@@ -115,7 +115,7 @@ def test_a_file_of_keys_that_is_none_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("field", "given"),
     [
-        ("stage1.most", {"stage1": {"least": 2}}),
+        ("stage1.most", {"stage1": {"least": 3}}),
         ("stage1.mots", {"stage1": {"mots": 2}}),
         ("max_secs", {"max_secs": 3}),
         ("preset", {"preset": "tiny"}),
@@ -158,3 +158,8 @@ def test_pages_of_other_origins_change_nothing(kind, method, headers, passes):
     assert bool(passed) == passes
     refused = {"http": ("http.response.start", 403), "websocket": ("websocket.close", None)}[kind]
     assert passes or (sent[0]["type"], sent[0].get("status")) == refused
+
+
+def test_what_is_not_given_of_a_deployment_stays_as_it_was():
+    given, default = (Settings(random_weights=True, **more).stage1 for more in ({"stage1": {"num_gpus": 1}}, {}))
+    assert given == default.model_copy(update={"num_gpus": 1.0}) and default.most == 2
