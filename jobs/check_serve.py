@@ -40,7 +40,8 @@ from longtake.platform.observe.served import Replica, growth, picture, replicas,
 
 KINDS = ("Stage1", "Refine", "Decode")
 RUNNING, QUEUED, SESSIONS, IDLE = 6, 24, 6, 5
-SETTINGS = [f"max_running={RUNNING}", f"max_queued={QUEUED}", f"max_sessions={SESSIONS}", f"session_idle={IDLE}"]
+SETTINGS = [f"max_running={RUNNING}", f"max_queued={QUEUED}", f"max_sessions={SESSIONS}"]
+SETTINGS += [f"session_idle={IDLE}", "stalled=45"]
 SETTINGS += [f"{kind}.{name}" for kind in ("stage1", "refiner", "decoder") for name in ("up_after=2", "down_after=10")]
 ACTIONS = "w-16,dw-8"
 PHASE = 150.0  # seconds until customers want refined videos again, or again none

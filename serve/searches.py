@@ -9,6 +9,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from contextvars import Context
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ class Searches:
 
     def __init__(self, videos: Any) -> None:  # of `Videos`, which to a type checker is a deployment
         self._videos, self._table = videos, videos.ledger.searches
-        self._tasks = {search.id: asyncio.create_task(self._run(search.id)) for search in self._table.unfinished()}
+        self._tasks: dict[str, asyncio.Task] = {}
+        for search in self._table.unfinished():
+            self._begin(search.id)
 
     async def submit(
         self, owner: str, request: dict[str, Any], wanted: Sequence[Wanted], most: int, once: str | None
@@ -50,8 +53,11 @@ class Searches:
             for record in accepted:
                 await self._videos.delete(owner, record.id)
             return kept
-        self._tasks[search.id] = asyncio.create_task(self._run(search.id))
+        self._begin(search.id)
         return search
+
+    def _begin(self, id: str) -> None:
+        self._tasks[id] = asyncio.create_task(self._run(id), context=Context())  # as `Videos` begins its own
 
     def get(self, owner: str, id: str) -> tuple[Search, dict[str, Record]] | None:
         """With its videos that are still there."""

@@ -6,8 +6,7 @@ stage has made it keeps in `Results` before it hands it on. A stream that begins
 that there, and computes only what is not.
 
 Before each chunk stage 1 asks `Videos` whether the video is still wanted, and between the steps of its sampler whether
-its files are still there; when not, the streams end. Nothing is cancelled from outside: after as many cancelled streams
-as a replica takes at once, Ray Serve 2.60 was seen to give it no more.
+its files are still there; when not, the streams end, and need not be cancelled from outside.
 """
 
 from __future__ import annotations
@@ -211,30 +210,34 @@ class Decode(Stage):
         """How many frames the video has, after each fragment that is there."""
         begun = await asyncio.to_thread(self.results.numbered, f"{task.id}/video", ".m4s")
         source = self.refiner if task.refine and self.refiner is not None else self.stage1
-        latents: Any = source.latents.remote(task)
-        past: dict[str, Tensor] = {}
         frames = number = 0
-        async for part in latents:
-            past, frames = await self.run(self._next, task, part, past, frames, number, number < begun)
-            number += 1
+        async for images in _ahead(self._decoded(source.latents.remote(task))):
+            images = images[: task.frames - frames]
+            if number >= begun and len(images):
+                await asyncio.to_thread(self._write, task, images, frames, number)
+            frames, number = frames + len(images), number + 1
             yield frames
 
-    def _next(
-        self, task: Task, part: np.ndarray, past: dict[str, Tensor], frames: int, number: int, there: bool
-    ) -> tuple[dict[str, Tensor], int]:
-        """What the decoder keeps of the video and how many frames it has, after this part of its latents."""
+    async def _decoded(self, parts: Any) -> AsyncIterator[np.ndarray]:
+        """uint8 (f, H, W, 3) of one part of a video's latents after another."""
+        past: dict[str, Tensor] = {}
+        async for part in parts:
+            images, past = await self.run(self._next, part, past)
+            yield images
+
+    def _next(self, part: np.ndarray, past: dict[str, Tensor]) -> tuple[np.ndarray, dict[str, Tensor]]:
         latents = torch.from_numpy(part).to(self.device)
         made, past = decode_more(self.pipeline.part("vae"), latents, past)  # type: ignore[arg-type]
-        images = made[0, : task.frames - frames].cpu().numpy()
-        if not there and len(images):
-            begin, fragment = encode_fragment(images, self.config.fps, frames, number)
-            if number == 0:
-                self.results.put(f"{task.id}/video/begin.mp4", begin)
-                self.results.put(f"{task.id}/thumbnail.jpg", _jpeg(images[0]))
-            about = {"first": frames, "frames": len(images)}
-            self.results.put(f"{task.id}/video/{number:05}.json", json.dumps(about).encode())
-            self.results.put(f"{task.id}/video/{number:05}.m4s", fragment)
-        return past, frames + len(images)
+        return made[0].cpu().numpy(), past
+
+    def _write(self, task: Task, images: np.ndarray, first: int, number: int) -> None:
+        begin, fragment = encode_fragment(images, self.config.fps, first, number)
+        if number == 0:
+            self.results.put(f"{task.id}/video/begin.mp4", begin)
+            self.results.put(f"{task.id}/thumbnail.jpg", _jpeg(images[0]))
+        about = {"first": first, "frames": len(images)}
+        self.results.put(f"{task.id}/video/{number:05}.json", json.dumps(about).encode())
+        self.results.put(f"{task.id}/video/{number:05}.m4s", fragment)
 
     async def finish(self, task: Task) -> None:
         """Make one file of the video."""
@@ -273,6 +276,21 @@ class Decode(Stage):
             c2w, buffer = torch.cat([each["c2w"] for each in made]).numpy(), io.BytesIO()
             np.savez(buffer, c2w=c2w, intrinsics=path["intrinsics"], frames=len(c2w))
         self.results.put(f"{video}/path.npz", buffer.getvalue())
+
+
+async def _ahead(stream: AsyncIterator[np.ndarray]) -> AsyncIterator[np.ndarray]:
+    """What comes, of which the next may be made while one is used."""
+
+    async def take() -> np.ndarray | None:
+        return await anext(stream, None)
+
+    coming = asyncio.create_task(take())
+    try:
+        while (made := await coming) is not None:
+            coming = asyncio.create_task(take())
+            yield made
+    finally:
+        coming.cancel()
 
 
 async def _and_last(stream: AsyncIterator[np.ndarray]) -> AsyncIterator[np.ndarray | None]:

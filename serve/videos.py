@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextvars import Context
 from typing import Any
 
 from ray import serve
@@ -52,9 +53,11 @@ class Videos:
         self._runs: dict[str, str] = {}  # which attempt to make it is the last
         self._begun: dict[str, int] = {}  # of live videos, the chunk that is being made
         self._ended: dict[str, str] = {}  # of those that end, why
+        self._heard: dict[str, float] = {}  # of those that are made, when a stage last said something
+        self._asking: Counter[str] = Counter()  # of live ones, how many stages wait for their keys
         for record in self.ledger.unfinished():
             if record.live:
-                self._tasks[record.id] = asyncio.create_task(self._make(record.id))
+                self._begin(record.id)
             elif self.ledger.searches.get(record.request.get("search", "")) is None and "search" in record.request:
                 self.ledger.remove(record.id)  # its search was not accepted
             else:
@@ -184,7 +187,7 @@ class Videos:
 
     def _opened(self, record: Record) -> Record:
         self.ledger.add(record)
-        self._tasks[record.id] = asyncio.create_task(self._make(record.id))
+        self._begin(record.id)
         return record
 
     async def act(self, owner: str, id: str, keys: str, sequence: int | None, wait: bool) -> int | None:
@@ -207,6 +210,16 @@ class Videos:
         """Whether this run is to make chunk `number`: None when it is not wanted any more. The keys of a live one, when
         they are given; None when it ends there.
         """
+        self._asking[id] += 1
+        try:
+            return await self._next(id, run, number)
+        finally:
+            self._asking[id] -= 1
+            self._heard[id] = time.monotonic()
+            if id not in self._tasks:
+                self._forget(id)
+
+    async def _next(self, id: str, run: str, number: int) -> str | None:
         end = time.monotonic() + self.settings.session_idle
         while (record := self.ledger.get(id)) is not None and self._runs.get(id) == run:
             if not record.live:
@@ -294,7 +307,13 @@ class Videos:
         while self._waiting and len(self._making) < self.settings.max_running:
             id = self._waiting.popleft()
             self._making.add(id)
-            self._tasks[id] = asyncio.create_task(self._make(id))
+            self._begin(id)
+
+    def _begin(self, id: str) -> None:
+        """In a context of its own: in that of the request which brought it, Ray Serve would cancel what is asked of
+        the stages as soon as that request's client is gone.
+        """
+        self._tasks[id] = asyncio.create_task(self._make(id), context=Context())
 
     async def _make(self, id: str) -> None:
         begin = time.monotonic()
@@ -317,10 +336,13 @@ class Videos:
         finally:
             del self._tasks[id]
             self._making.discard(id)
-            self._begun.pop(id, None)
-            self._runs.pop(id, None)
+            self._forget(id)
             self._start()
             self._told()
+
+    def _forget(self, id: str) -> None:
+        for known in (self._begun, self._runs, self._heard, self._asking):
+            known.pop(id, None)
 
     async def _outlasting(self, record: Record) -> str | None:
         """Have the video made, again and again while replicas die under it; what a person is told if it cannot be."""
@@ -337,7 +359,7 @@ class Videos:
                     return message
                 self._counts["longtake_retries_total"] += 1
                 _log.warning("%s stopped: %s", record.id, error)
-                if not isinstance(error, RayError):
+                if not isinstance(error, RayError | TimeoutError):
                     _log.exception("a fault in the server")
             now = await asyncio.to_thread(self.results.numbered, f"{record.id}/video", ".m4s")
             failed = 0 if now > before else failed + 1
@@ -349,7 +371,7 @@ class Videos:
         if await asyncio.to_thread(self.results.has, f"{record.id}/content.mp4"):
             return
         if not await asyncio.to_thread(self.results.has, f"{record.id}/text.safetensors"):
-            await self.text.read.remote(record.id, request["prompt"], request["refine"])
+            await self._answer(record.id, self.text.read.remote(record.id, request["prompt"], request["refine"]))
         if draft := "search" in request:
             await self.searches.begin(record)
         frames = ENDLESS if record.live else record.total
@@ -359,7 +381,7 @@ class Videos:
         stream: Any = self.decoder.options(stream=True).fragments.remote(task)
         there = self.ledger.get(record.id)
         before = 0 if there is None else there.parts
-        async for frames in stream:
+        while (frames := await self._answer(record.id, anext(stream, None))) is not None:
             self._counts["longtake_frames_total"] += max(0, frames - before)
             before = max(before, frames)
             self.ledger.update(record.id, parts=frames)
@@ -367,7 +389,25 @@ class Videos:
         if self.ledger.get(record.id) is None:
             return
         if await asyncio.to_thread(self.results.numbered, f"{record.id}/video", ".m4s"):
-            await self.decoder.finish.remote(task)
+            await self._answer(record.id, self.decoder.finish.remote(task))
+
+    async def _answer(self, id: str, asked: Any) -> Any:
+        """What a stage answers. TimeoutError when no stage says anything of the video for `stalled` seconds; what was
+        asked is left, not cancelled.
+        """
+
+        async def wait() -> Any:
+            return await asked
+
+        self._heard[id] = time.monotonic()
+        answer = asyncio.ensure_future(wait())
+        while not answer.done():
+            left = self._heard[id] + self.settings.stalled - time.monotonic()
+            if left <= 0 and not self._asking[id]:
+                answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+                raise TimeoutError(f"no stage said anything for {self.settings.stalled} s")
+            await asyncio.wait([answer], timeout=max(left, 1.0))
+        return answer.result()
 
     async def _put(self, id: str, given: dict[str, bytes]) -> None:
         for name, data in given.items():

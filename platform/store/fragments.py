@@ -29,7 +29,7 @@ def encode_fragment(frames: np.ndarray, fps: float, first: int, number: int, crf
     options = {"movflags": flags, "use_editlist": "0", "fragment_index": str(number + 1)}
     with av.open(buffer, "w", format="mp4", options=options | {"video_track_timescale": str(clock)}) as container:
         stream = add_h264(container, rate, frames.shape[1:3], crf)
-        stream.options |= {"bf": "0", "tune": "zerolatency", "g": "100000"}
+        stream.options |= {"preset": "veryfast", "bf": "0", "tune": "zerolatency", "g": "100000"}
         for image in frames:
             container.mux(stream.encode(yuv420p(image)))
         container.mux(stream.encode())
