@@ -20,7 +20,7 @@ help:
 	@echo "make clean   remove .venv, caches and builds; runs/ stays"
 
 demo: $(VENV)/.demo
-	$(BIN)/longtake search-refine --preset tiny
+	$(BIN)/longtake search-refine --preset tiny-streaming
 
 test: lint
 	$(BIN)/python -m pytest -q

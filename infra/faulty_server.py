@@ -44,7 +44,7 @@ def faulty(stage: Any, share: float) -> Any:
         return call
 
     kind = stage.func_or_class
-    methods = {name: single(getattr(kind, name)) for name in ("read", "finish") if hasattr(kind, name)}
+    methods = {name: single(getattr(kind, name)) for name in ("read", "finish", "judge") if hasattr(kind, name)}
     methods |= {name: stream(getattr(kind, name)) for name in ("latents", "fragments") if hasattr(kind, name)}
     return serve.deployment(type(kind.__name__, (kind,), methods), name=stage.name)
 

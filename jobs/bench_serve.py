@@ -123,11 +123,12 @@ def _steady(work: Callable[[], Any], device: torch.device, chunks: int) -> float
     return (now(device) - begin) / (chunks - _UNTIL_STEADY)
 
 
-def session(url: str, chunks: int, refine: bool) -> tuple[float, float]:
+def session(url: str, chunks: int, refine: bool, key: str | None = None) -> tuple[float, float]:
     """Seconds from its beginning to its first frame, and a chunk once it is steady. RuntimeError for one that ends
     early.
     """
-    start = {"type": "start", "image": base64.b64encode(picture()).decode(), "refine": refine, "wait": True}
+    image = base64.b64encode(picture()).decode()
+    start = {"type": "start", "image": image, "refine": refine, "wait": True, "key": key}
     arrived: dict[int, float] = {}  # when a chunk's last frames did
     with connect(url.replace("http", "ws", 1) + "/v1/sessions", max_size=None) as socket:
 

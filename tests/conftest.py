@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that a test starts would compile all modules again
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; platform/observe/ray_cluster.py says why
 
 import numpy as np  # noqa: E402

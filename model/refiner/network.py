@@ -167,11 +167,13 @@ class VideoTransformer(nn.Module):
 
 
 def _on_gpus_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    compiled: Any = torch.compile(function, dynamic=False)
+    @functools.cache
+    def compiled() -> Any:  # not before there is a use for it: that imports the compiler
+        return torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def choose(x: Tensor, *others: Any) -> Tensor:
-        return (compiled if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *others)
+        return (compiled() if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *others)
 
     return choose
 

@@ -24,7 +24,7 @@ from longtake.model.objectives import Draws, build_objective
 from longtake.platform.observe import notices
 from longtake.platform.observe.notices import say
 from longtake.platform.parallel.context import own_clip
-from longtake.platform.train import checkpoint, log, results
+from longtake.platform.train import checkpoint, log
 from longtake.platform.train.ema import EMA
 from longtake.platform.train.feed import Batch, LatentSource, Mixed, Source, draw, open_sources, stream
 from longtake.platform.train.learner import Learner
@@ -238,6 +238,8 @@ class Worker:
         """RUN/weights and the pictures, from the averaged weights."""
         with self._whole_weights(), self.ema.applied() if self.ema else contextlib.nullcontext():
             if self.rank == 0:
+                from longtake.platform.train import results  # seconds of imports, which other workers have no need of
+
                 results.export_weights(self.objective, self.settings.config, self.settings.init, self.settings.folder)
                 if self.stage.zero_stage < 3:  # its modules run on all workers or on none
                     results.draw(self.objective, self.settings, self.device)

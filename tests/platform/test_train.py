@@ -289,7 +289,7 @@ def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
     latents = make_latents(tmp_path / "latents")
 
     def chosen(name):
-        return settings(latents, tmp_path / name, "stage1_gdn", steps=120, checkpoint_steps=10, workers=2)
+        return settings(latents, tmp_path / name, "stage1_gdn", steps=40, checkpoint_steps=10, workers=2)
 
     def kill_one():
         while not (tmp_path / "killed/checkpoints/step-00000020").is_dir():
@@ -304,7 +304,7 @@ def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
     killer.join()
     assert "a worker was lost: going on from step" in capfd.readouterr().err
     whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert list(killed) == list(range(1, 121)) and killed == pytest.approx(whole, rel=1e-6)
+    assert list(killed) == list(range(1, 41)) and killed == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_machines_notice_saves_the_step_that_was_reached(ray_cluster, tmp_path):

@@ -329,14 +329,19 @@ def test_a_session_outlasts_its_connection_and_its_replica_and_branches(server, 
         each.until("closed")
 
 
-def test_a_session_nobody_speaks_to_ends_and_says_so(server, encoded):
+def test_a_session_nobody_speaks_to_ends_and_says_so(server, client, encoded):
     person = Client(server[0], type="start", image=encoded)
     person.until("started")
+    leavers = [Client(server[0], type="start", image=encoded) for _ in range(2)]
+    left = [each.until("started")["session"] for each in leavers]
+    for each in leavers:  # while their stages are being asked
+        each.socket.socket.close()
     assert person.until("closed") == {"type": "closed", "reason": "idle"}
+    assert [finished(client, id).status for id in left] == ["completed"] * 2
 
 
 def test_a_session_is_timed_from_its_first_frame_on(server):
-    first, chunk = bench_serve.session(server[0], 9, True)
+    first, chunk = bench_serve.session(server[0], 9, True, "secret")
     assert chunk > 0 and first > 0
 
 
