@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from websockets.sync.client import connect
 
+from longtake.model import presets
 from longtake.model.config import WorldModelConfig
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
@@ -30,8 +31,6 @@ from longtake.platform.observe import measurements
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.served import Server, picture
 from longtake.platform.observe.timing import now
-from longtake.serve.__main__ import put
-from longtake.serve.settings import Settings
 
 _UNTIL_STEADY = 8  # chunks, until all windows are full
 _PATIENCE = 600.0  # seconds, for what compiles
@@ -47,30 +46,32 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
     if args.name:
         measurements.check_name(args.name)
+    config = presets.get(args.preset)
+    if not config.chunk_causal:
+        raise ValueError(
+            f"--preset {args.preset} makes no endless video: choose another, such as {args.preset}-streaming"
+        )
     cards = min(2, torch.cuda.device_count()) if args.device == "cuda" else 0
-    texts = [f"preset={args.preset}", "random_weights=true", f"look_ahead={args.chunks}", "max_running=1"]
-    texts += ["max_sessions=1", *((), _ONE_CARD, _TWO_CARDS)[cards]]
-    texts += [f"{stage}.{most}" for stage in ("stage1", "refiner", "decoder") for most in ("together=2", "most=1")]
-    given: dict[str, Any] = {}
-    for text in texts:
-        put(given, text)
-    settings = Settings.checked(given)
+    refines = config.refiner.block_size is not None
+    settings = ["random_weights=true", f"look_ahead={args.chunks}", "max_running=1", "max_sessions=1"]
+    settings += [f"{stage}.{most}" for stage in ("stage1", "refiner", "decoder") for most in ("together=2", "most=1")]
+    settings += ((), _ONE_CARD, _TWO_CARDS)[cards]
     if args.dry_run:
-        print(json.dumps(vars(args) | {"settings": settings.model_dump()}, indent=2))
+        print(json.dumps(vars(args) | {"settings": settings}, indent=2))
         return
-    step, refiner = measure_alone(settings, torch.device(args.device), args.chunks)
-    figures = {"bare_chunk_s": step} | ({"bare_refiner_chunk_s": refiner} if settings.refines else {})
+    step, refiner = measure_alone(config, torch.device(args.device), args.chunks)
+    figures = {"bare_chunk_s": step} | ({"bare_refiner_chunk_s": refiner} if refines else {})
     with TemporaryDirectory() as store:
-        words = ["--store", store, *(word for text in texts[1:] for word in ("--set", text))]
+        words = ["--store", store, *(word for setting in settings for word in ("--set", setting))]
         with Server(["--preset", args.preset, *words]) as server:
-            for refine in (False, True)[: 1 + settings.refines]:
+            for refine in (False, True)[: 1 + refines]:
                 session(server.url, args.chunks, refine)
                 first, chunk = session(server.url, args.chunks, refine)
                 least = max(step, refiner) if cards == 2 else step + refiner
                 name = "" if refine else "unrefined_"
                 figures |= {
                     f"{name}first_frame_s": first,
-                    f"{name}fps": settings.config.frames_per_chunk / chunk,
+                    f"{name}fps": config.frames_per_chunk / chunk,
                     f"{name}overhead": chunk / (least if refine else step) - 1,
                 }
     for name, figure in figures.items():
@@ -79,15 +80,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"figures: {measurements.write(args.name or f'serve_{args.device}', figures)}")
 
 
-def measure_alone(settings: Settings, device: torch.device, chunks: int) -> tuple[float, float]:
+def measure_alone(config: WorldModelConfig, device: torch.device, chunks: int) -> tuple[float, float]:
     """Seconds a chunk, in this process: of stage 1 with the decoder, and of the refiner or 0."""
     found = []
-    for measure in (_stage1, _refiner)[: 1 + settings.refines]:
-        found.append(measure(settings.config, device, chunks))
+    for measure in (_stage1, _refiner)[: 1 + (config.refiner.block_size is not None)]:
+        found.append(measure(config, device, chunks))
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found[0], found[1] if settings.refines else 0.0
+    return found[0], sum(found[1:])
 
 
 def _stage1(config: WorldModelConfig, device: torch.device, chunks: int) -> float:
