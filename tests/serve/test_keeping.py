@@ -119,7 +119,7 @@ def test_a_file_of_keys_that_is_none_is_refused(tmp_path, text):
         ("stage1.mots", {"stage1": {"mots": 2}}),
         ("max_secs", {"max_secs": 3}),
         ("preset", {"preset": "tiny"}),
-        ("refine", {"refine": True}),
+        ("refine", {"refine": True, "random_weights": True}),
         ("weights", {"weights": "nowhere"}),
         ("database", {"store": "s3://bucket/videos"}),
         ("keys", {"keys": "nowhere.json"}),
