@@ -23,7 +23,7 @@ from torch import Tensor
 from longtake.model import presets, weights
 from longtake.model.camera import Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.pipeline import Residency, WorldPipeline
+from longtake.model.pipeline import Residency, WorldPipeline, parts_of
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
 from longtake.model.vae import decode_more
@@ -70,13 +70,12 @@ class Bench:
 
     def __init__(self, config: WorldModelConfig, device: torch.device, args: argparse.Namespace) -> None:
         self.config, self.device, self.args = config, device, args
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.image = np.zeros((*config.image_size, 3), np.uint8)
 
     def pipeline(self, *parts: str, residency: Residency = "all") -> WorldPipeline:
         """With these parts and those that read texts."""
-        parts = (*parts, "text", "refiner_text") if self.config.refiner_reads_own_text else (*parts, "text")
-        return random_pipeline(self.config, parts, self.device, self.dtype, residency)
+        texts = (part for part in parts_of(self.config) if "text" in part)
+        return random_pipeline(self.config, (*parts, *texts), self.device, residency)
 
     def path(self, seconds: float) -> Trajectory:
         config = self.config

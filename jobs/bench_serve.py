@@ -24,6 +24,7 @@ from websockets.sync.client import connect
 
 from longtake.model import presets
 from longtake.model.config import WorldModelConfig
+from longtake.model.pipeline import parts_of
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
 from longtake.platform.engine import Engine
@@ -92,7 +93,7 @@ def measure_alone(config: WorldModelConfig, device: torch.device, chunks: int) -
 
 
 def _stage1(config: WorldModelConfig, device: torch.device, chunks: int) -> float:
-    engine = Engine(random_pipeline(config, ("text", "vae", "dit"), device, _dtype(device)), most_together=1)
+    engine = Engine(random_pipeline(config, ("text", "vae", "dit"), device), most_together=1)
     session = engine.open(np.zeros((*config.image_size, 3), np.uint8))
     seconds = _steady(lambda: engine.step(session, f"w-{config.frames_per_chunk}"), device, chunks)
     engine.close()
@@ -100,8 +101,7 @@ def _stage1(config: WorldModelConfig, device: torch.device, chunks: int) -> floa
 
 
 def _refiner(config: WorldModelConfig, device: torch.device, chunks: int) -> float:
-    text = ("refiner_text",) if config.refiner_reads_own_text else ("text",)
-    pipeline = random_pipeline(config, ("refiner", *text), device, _dtype(device))
+    pipeline = random_pipeline(config, [part for part in parts_of(config) if part not in ("vae", "dit")], device)
     stream = pipeline.refining(*pipeline.encode_refiner_text([""]), seeds=[0])
 
     def latents(frames: int) -> Tensor:
@@ -109,10 +109,6 @@ def _refiner(config: WorldModelConfig, device: torch.device, chunks: int) -> flo
 
     list(stream.take(latents(SINK)))
     return _steady(lambda: list(stream.take(latents(config.refiner.block_size or 1))), device, chunks)
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _steady(work: Callable[[], Any], device: torch.device, chunks: int) -> float:

@@ -3,7 +3,7 @@
 Customers ask for short videos, with a key of their own each, and ask again when they are turned away; some watch one
 and leave. Visitors open live sessions and leave, most without a word. Meanwhile replicas of stage 1, refiner and
 decoder are killed, and for a while customers want no refiner, so that it is scaled down alone. On this machine, with
-the shipped weights at 64x96 pixels and a refiner that is told to work by blocks.
+the shipped weights at 64x96 pixels.
 """
 
 from __future__ import annotations

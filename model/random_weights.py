@@ -18,11 +18,13 @@ def random_pipeline(
     config: WorldModelConfig,
     parts: Sequence[str],
     device: str | torch.device,
-    dtype: torch.dtype,
     residency: Residency = "all",
 ) -> WorldPipeline:
-    """With these parts, as of `WorldPipeline.from_pretrained`. In place of text encoders, features are random."""
+    """With these parts, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32. In place of
+    text encoders, features are random.
+    """
     device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     place = device if residency == "all" else torch.device("cpu")
     torch.manual_seed(0)
     modules: dict[str, nn.Module] = {}

@@ -61,7 +61,7 @@ class Stage:
 
     def _loaded(self, settings: Settings, parts: tuple[str, ...]) -> WorldPipeline:
         if settings.random_weights:
-            return random_pipeline(settings.config, parts, self.device, self.dtype)
+            return random_pipeline(settings.config, parts, self.device)
         return WorldPipeline.from_pretrained(settings.preset, settings.weights, self.device, self.dtype, parts)
 
     async def run(self, work: Any, *arguments: Any) -> Any:

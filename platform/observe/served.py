@@ -117,11 +117,10 @@ def growth(memory: Mapping[Replica, Sequence[tuple[float, int]]]) -> Iterator[tu
 
 
 def small_weights(preset: str, folder: Path) -> None:
-    """The shipped weights at a size of which two cores make many, with a refiner by blocks."""
+    """The shipped weights at a size of which two cores make many."""
     config = weights.config_for(presets.get(preset), source := weights.resolve(presets.get(preset), None))
     shutil.copytree(source, folder)
-    refiner = dataclasses.replace(config.refiner, block_size=3)
-    weights.save_config(dataclasses.replace(config, refiner=refiner, image_size=(64, 96)), folder)
+    weights.save_config(dataclasses.replace(config, image_size=(64, 96)), folder)
 
 
 @contextlib.contextmanager
