@@ -5,15 +5,20 @@ takes the exponentials of the next tile's scores; and while one group does so, t
 
 The last tile of keys comes first, so that only the step before the loop has to mask. A stage of the ring holds the keys
 of a step and the values of the step before; beyond the tokens' ends the memory accelerator fills in zeros.
+
+A program fills a multiprocessor. Tiles of queries that would make up a last, partly filled round of them are cut along
+the keys into parts, one for each multiprocessor; a second kernel joins the parts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,6 +37,8 @@ from longtake.kernels.launch import padded
 _ROWS = gl.constexpr(64)  # queries of a group: what a wgmma instruction takes
 _GROUPS = gl.constexpr(2)  # with three, each has too few registers for 128 keys
 _SHIFT = gl.constexpr(8)  # weights of softmax are held in float8 times 2**8: at most 256 of 448
+_TILE = 128  # queries of a program
+_LEAST_TILES = 4  # of keys in a part
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
@@ -52,7 +59,7 @@ FLOAT8 = Ring(stages=4, turns=False)
 def _load(q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8: gl.constexpr):
     q_tiles, k_tiles, v_tiles, out_tiles = memory
     q_full, full, empty, turns = barriers
-    b, h, first, tiles = place
+    b, h, first, tiles, end = place
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_ref.block_shape[2]
     mbarrier.expect(q_full, _GROUPS * q_ref.block_type.nbytes)
@@ -62,7 +69,7 @@ def _load(q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8: gl.constexpr):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
         mbarrier.expect(full.index(stage), k_ref.block_type.nbytes + v_ref.block_type.nbytes)
-        at = (tiles - step) * BLOCK_N
+        at = (end - step) * BLOCK_N
         tma.async_copy_global_to_shared(k_ref, [b, h, at - BLOCK_N, 0], full.index(stage), k_tiles.index(stage))
         if FLOAT8:
             tma.async_copy_global_to_shared(v_ref, [b, h, 0, at], full.index(stage), v_tiles.index(stage))
@@ -108,7 +115,7 @@ def _exact(
     q, k_tiles, v_tiles, full, empty, turns, tiles, group, scale, scores, total, top, out, HEAD: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """From the first tile's scores to all weights times values, and to the sum of the weights."""
+    """From the first tile's scores to all weights times values, the sum of the weights, and the largest score."""
     STAGES: gl.constexpr = k_tiles.shape[0]
     P: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
     weights, shrink, total, top = _softmax(scores, scale, total, top, 0)
@@ -129,7 +136,7 @@ def _exact(
         out, spent, p = warpgroup_mma_wait(0, [out, p, gl.convert_layout(weights.to(v_tiles.dtype), P)])
         mbarrier.arrive(empty.index(stage), count=1)
         out *= gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    return warpgroup_mma(p, _matrix(v_tiles, tiles % STAGES), out), total
+    return warpgroup_mma(p, _matrix(v_tiles, tiles % STAGES), out), total, top
 
 
 @gluon.jit
@@ -161,17 +168,19 @@ def _float8(
         out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None] + part
         scores = warpgroup_mma_wait(0, [scores])
         mbarrier.arrive(empty.index(stage), count=1)
-    return out, total
+    return out, total, top
 
 
 @gluon.jit
 def _compute(
-    out_ref, memory, barriers, place, numbers, group, HEAD: gl.constexpr, TURNS: gl.constexpr, FLOAT8: gl.constexpr
+    out_ref, memory, barriers, place, numbers, parts, group, HEAD: gl.constexpr, TURNS: gl.constexpr,
+    FLOAT8: gl.constexpr,
 ):  # fmt: skip
     q_tiles, k_tiles, v_tiles, out_tiles = memory
     q_full, full, empty, turns = barriers
-    b, h, first, tiles = place
+    b, h, first, tiles, end = place
     scale, keys, v_scales_ptr = numbers
+    part, part_ptr, top_ptr = parts
     BLOCK_N: gl.constexpr = k_tiles.shape[3]
     BLOCK_D: gl.constexpr = k_tiles.shape[4]
     STEP: gl.constexpr = 256 // q_tiles.dtype.primitive_bitwidth
@@ -183,45 +192,63 @@ def _compute(
     scores = _scores(q, _matrix(k_tiles, 0), gl.zeros([_ROWS, BLOCK_N], gl.float32, OF_SCORES), HEAD)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(empty.index(0), count=1)
-    n = (tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OF_SCORES))
+    n = (end - 1) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OF_SCORES))
     scores = gl.where((n < keys)[None, :], scores, float("-inf"))
     total = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, OF_SCORES))
     top = gl.full([_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, OF_SCORES))
     out = gl.zeros([_ROWS, BLOCK_D], gl.float32, OF_OUT)
     if FLOAT8:
-        out, total = _float8(
+        out, total, top = _float8(
             q, k_tiles, v_tiles, full, empty, turns, tiles, group, scale, scores, total, top, out, HEAD, TURNS
         )
         d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OF_OUT))
-        out *= gl.load(v_scales_ptr + gl.program_id(1) * HEAD + d, d < HEAD, 0.0)[None, :]
+        out *= gl.load(v_scales_ptr + d, d < HEAD, 0.0)[None, :]
     else:
-        out, total = _exact(
+        out, total, top = _exact(
             q, k_tiles, v_tiles, full, empty, turns, tiles, group, scale, scores, total, top, out, HEAD, TURNS
         )
     out *= gl.convert_layout(1 / total, gl.SliceLayout(1, OF_OUT))[:, None]
-    _matrix(out_tiles, group).store(out.to(out_tiles.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_ref, [b, h, first + group * _ROWS, 0], out_tiles.index(group))
-    tma.store_wait(0)
+    if part < 0:
+        _matrix(out_tiles, group).store(out.to(out_tiles.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_ref, [b, h, first + group * _ROWS, 0], out_tiles.index(group))
+        tma.store_wait(0)
+    else:
+        row = (part * _GROUPS + group) * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, OF_OUT))
+        column = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OF_OUT))
+        gl.store(part_ptr + row[:, None] * BLOCK_D + column[None, :], out)
+        gl.store(top_ptr + row, gl.convert_layout(top + gl.log2(total), gl.SliceLayout(1, OF_OUT)))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "whole", "pieces"])
 def _attend(
-    q_ref, k_ref, v_ref, out_ref, scales_ptr, v_scales_ptr, scale, keys, heads, HEAD: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, FLOAT8: gl.constexpr,
+    q_ref, k_ref, v_ref, out_ref, part_ptr, top_ptr, scales_ptr, v_scales_ptr, scale, keys, heads, rows, whole, pieces,
+    HEAD: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, FLOAT8: gl.constexpr,
 ):  # fmt: skip
     """out (B, H, N, D) by descriptors of q, k, v; `scale` is in powers of 2. In float8 v is (B, H, D, N), and its
     channels' scales and those of the scores are applied here.
+
+    Of the tiles of queries, `rows` a head, the first `whole` are a program's each; of the others each is cut into
+    `pieces` along the keys, whose results, and the logarithms of whose sums of weights, go to part_ptr and top_ptr.
     """
-    b, h = gl.program_id(1) // heads, gl.program_id(1) % heads
-    first = gl.program_id(0) * _GROUPS * _ROWS
+    number = gl.program_id(0)
     tiles = gl.cdiv(keys, k_ref.block_shape[2])
+    part, end = number - whole, tiles
+    if part >= 0:
+        number = whole + part // pieces
+        piece = part % pieces
+        end = (piece + 1) * tiles // pieces
+        tiles = end - piece * tiles // pieces
+    head = number // rows
+    b, h = head // heads, head % heads
+    first = number % rows * _GROUPS * _ROWS
     q_tiles = gl.allocate_shared_memory(q_ref.dtype, [_GROUPS] + q_ref.block_shape, q_ref.layout)
     k_tiles = gl.allocate_shared_memory(k_ref.dtype, [STAGES] + k_ref.block_shape, k_ref.layout)
     v_tiles = gl.allocate_shared_memory(v_ref.dtype, [STAGES] + v_ref.block_shape, v_ref.layout)
     if FLOAT8:
         out_tiles = gl.allocate_shared_memory(out_ref.dtype, [_GROUPS] + out_ref.block_shape, out_ref.layout)
-        scale *= gl.load(scales_ptr + gl.program_id(1))
+        scale *= gl.load(scales_ptr + head)
+        v_scales_ptr += head * HEAD
     else:
         out_tiles = q_tiles
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -237,16 +264,40 @@ def _attend(
     mbarrier.arrive(turns.index(0), count=1)
     fence_async_shared()
     memory, barriers = (q_tiles, k_tiles, v_tiles, out_tiles), (q_full, full, empty, turns)
-    place, numbers = (b, h, first, tiles), (scale, keys, v_scales_ptr)
+    place, numbers, parts = (b, h, first, tiles, end), (scale, keys, v_scales_ptr), (part, part_ptr, top_ptr)
     gl.warp_specialize(
         [
-            (_compute, (out_ref, memory, barriers, place, numbers, 0, HEAD, TURNS, FLOAT8)),
-            (_compute, (out_ref, memory, barriers, place, numbers, 1, HEAD, TURNS, FLOAT8)),
+            (_compute, (out_ref, memory, barriers, place, numbers, parts, 0, HEAD, TURNS, FLOAT8)),
+            (_compute, (out_ref, memory, barriers, place, numbers, parts, 1, HEAD, TURNS, FLOAT8)),
             (_load, (q_ref, k_ref, v_ref, memory, barriers, place, FLOAT8)),
         ],
         [4, 1],  # warps and registers of all but the first
         [240, 24],
     )
+
+
+@triton.jit(do_not_specialize=["whole", "pieces", "rows"])
+def _join(
+    part_ptr, top_ptr, out_ptr, tokens, heads, rows, whole, pieces, HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out (B, N, H, D) of some rows of a tile that was cut into pieces."""
+    number = whole + tl.program_id(0)
+    head, r = number // rows, tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d, at = tl.arange(0, BLOCK_D), tl.program_id(0) * pieces * TILE + r
+    total, top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
+    out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for piece in range(pieces):
+        own = tl.load(top_ptr + at + piece * TILE)
+        higher = tl.maximum(top, own)
+        shrink, weight = tl.exp2(top - higher), tl.exp2(own - higher)
+        part = tl.load(part_ptr + (at + piece * TILE)[:, None] * BLOCK_D + d[None, :])
+        out = out * shrink[:, None] + part * weight[:, None]
+        total, top = total * shrink + weight, higher
+    token = number % rows * TILE + r
+    to = ((head // heads).to(tl.int64) * tokens + token) * heads + head % heads
+    inside = (token < tokens)[:, None] & (d < HEAD)[None, :]
+    tl.store(out_ptr + to[:, None] * HEAD + d[None, :], (out / total[:, None]).to(out_ptr.dtype.element_ty), inside)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, ring: Ring = EXACT) -> Tensor:
@@ -291,8 +342,28 @@ def _launch(
     ):
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, *block], _DTYPES[x.dtype])
         refs.append(TensorDescriptor.from_tensor(x, [1, 1, *block], layout))
-    _attend[triton.cdiv(n, _GROUPS.value * _ROWS.value), b * h](
-        *refs, scales, v_scales, scale * math.log2(math.e), k.shape[2], h, d, ring.stages, ring.turns,
-        is_float8, num_warps=4,
+    rows = triton.cdiv(n, _TILE)
+    whole, rest, pieces = _rounds(rows * b * h, triton.cdiv(k.shape[2], ring.keys), _multiprocessors(q.device))
+    parts = torch.empty(rest * pieces, _TILE, block_d, device=q.device)
+    tops = torch.empty(rest * pieces, _TILE, device=q.device)
+    _attend[whole + rest * pieces,](
+        *refs, parts, tops, scales, v_scales, scale * math.log2(math.e), k.shape[2], h, rows, whole, pieces, d,
+        ring.stages, ring.turns, is_float8, num_warps=4,
     )  # fmt: skip
+    if rest:
+        _join[rest, _TILE // 16](parts, tops, out, n, h, rows, whole, pieces, d, block_d, _TILE, 16)
     return out
+
+
+def _rounds(tiles: int, key_tiles: int, multiprocessors: int) -> tuple[int, int, int]:
+    """How many tiles of queries are a program's each, how many are left, and into how many pieces each of these is
+    cut.
+    """
+    rest = tiles % multiprocessors
+    pieces = min(multiprocessors // rest, key_tiles // _LEAST_TILES) if rest else 0
+    return (tiles - rest, rest, pieces) if pieces > 1 else (tiles, 0, 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -40,6 +40,8 @@ def error(found, true):
         (1, 130, 389, 1, 112),
         (1, 1, 1, 1, 112),
         (1, 5, 3, 2, 8),
+        (1, 300, 1200, 2, 112),  # keys of all tiles in parts
+        (1, 140, 1100, 70, 128),  # whole tiles, and parts
     ],
 )
 def test_attention_is_exact(device, b, n, m, h, d, ring, dtype):
@@ -120,7 +122,8 @@ for name, element, products in (("bf16", gl.bfloat16, "m64n128k16"), ("fp8e4nv",
     pointer = "*fp32" if name == "fp8e4nv" else "constexpr"
     signature = dict(
         q_ref=ref(64, 128), k_ref=ref(128, 128), v_ref=ref(128, 128), out_ref=ref(64, 128, "bf16", gl.bfloat16),
-        scales_ptr=pointer, v_scales_ptr=pointer, scale="fp32", keys="i32", heads="i32",
+        part_ptr="*fp32", top_ptr="*fp32", scales_ptr=pointer, v_scales_ptr=pointer, scale="fp32",
+        **dict.fromkeys(("keys", "heads", "rows", "whole", "pieces"), "i32"),
     )
     constants = dict(HEAD=112, STAGES=3, TURNS=True, FLOAT8=name == "fp8e4nv")
     constants |= {key: None for key, kind in signature.items() if kind == "constexpr"}
