@@ -23,7 +23,9 @@ from torch import Tensor
 from longtake.model import presets, weights
 from longtake.model.camera import Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.pipeline import Residency, WorldPipeline, parts_of
+from longtake.model.float8 import QUANTIZATIONS
+from longtake.model.parts import parts_of
+from longtake.model.pipeline import Residency, WorldPipeline
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
 from longtake.model.vae import decode_more
@@ -75,7 +77,7 @@ class Bench:
     def pipeline(self, *parts: str, residency: Residency = "all") -> WorldPipeline:
         """With these parts and those that read texts."""
         texts = (part for part in parts_of(self.config) if "text" in part)
-        return random_pipeline(self.config, (*parts, *texts), self.device, residency)
+        return random_pipeline(self.config, (*parts, *texts), self.device, residency, self.args.quantization)
 
     def path(self, seconds: float) -> Trajectory:
         config = self.config
@@ -198,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", default=list(_MODES), choices=_MODES, help="default: all")
     add("--seconds", type=float, default=60.0, help="of the videos (default: %(default)s)")
     add("--steps", type=int, default=2, help="of the bidirectional sampler that are timed (default: %(default)s)")
+    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     add("--name", help="of the file in docs/measurements (default: pipeline_DEVICE)")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")

@@ -15,6 +15,7 @@ import torch
 
 from longtake.model import presets
 from longtake.model.config import WorldModelConfig
+from longtake.model.float8 import QUANTIZATIONS, Quantization, check, quantize
 from longtake.model.refiner import RefinerStream
 from longtake.model.refiner.parity import Pair, relative_error
 from longtake.model.refiner.refiner import SINK, block_sizes
@@ -34,20 +35,26 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
     if args.frames < SINK + config.refiner.window:
         raise ValueError(f"--frames {args.frames} never fill the window: give at least {SINK + config.refiner.window}")
+    if args.quantization:
+        check(args.device)
     if args.name:
         measurements.check_name(args.name)
     if args.dry_run:
         print(json.dumps(vars(args) | {"refiner": dataclasses.asdict(config.refiner)}, indent=2))
         return
-    figures = measure(config, torch.device(args.device), args.frames, args.text)
+    figures = measure(config, torch.device(args.device), args.frames, args.text, args.quantization)
     for name, figure in figures.items():
         print(f"{name:24} {figure:.4g}")
     if args.write:
         print(f"figures: {measurements.write(args.name or f'refiner_{args.device}', figures)}")
 
 
-def measure(config: WorldModelConfig, device: torch.device, frames: int, text: int) -> dict[str, float]:
-    """Seconds a block of a video of so many latent frames, beside so many tokens of text; ours and diffusers'."""
+def measure(
+    config: WorldModelConfig, device: torch.device, frames: int, text: int, quantization: Quantization | None = None
+) -> dict[str, float]:
+    """Seconds a block of a video of so many latent frames, beside so many tokens of text: ours, diffusers', and ours
+    quantized.
+    """
     torch.manual_seed(0)
     given: dict[str, Any] = dict(device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     pair = Pair(
@@ -58,16 +65,26 @@ def measure(config: WorldModelConfig, device: torch.device, frames: int, text: i
     )
     assert config.refiner.block_size is not None
     blocks = len(block_sizes(frames - SINK, config.refiner.block_size))
-    pair.ours(frames)  # compiles, and tries which attention is the fastest
-    found, seconds, peak = _timed(lambda: pair.ours(frames), device)
-    figures = {"block_s": seconds / blocks, "full_window_block_s": _full_window(pair, device), "peak_gb": peak}
     pair.theirs(SINK + config.refiner.block_size)
     expected, seconds, peak = _timed(lambda: pair.theirs(frames), device)
-    figures |= {"block_peer_s": seconds / blocks, "peer_peak_gb": peak}
-    return figures | {
-        "ratio": figures["block_peer_s"] / figures["block_s"],
-        "relative_difference": relative_error(found, expected),
-    }
+    figures = {"block_peer_s": seconds / blocks, "peer_peak_gb": peak}
+
+    def ours(suffix: str) -> dict[str, float]:
+        pair.ours(frames)  # compiles, and tries which attention is the fastest
+        found, seconds, peak = _timed(lambda: pair.ours(frames), device)
+        return {
+            f"block{suffix}_s": seconds / blocks,
+            f"full_window_block{suffix}_s": _full_window(pair, device),
+            f"peak{suffix}_gb": peak,
+            f"ratio{suffix}": figures["block_peer_s"] * blocks / seconds,
+            f"relative_difference{suffix}": relative_error(found, expected),
+        }
+
+    figures |= ours("")
+    if quantization is not None:
+        quantize(pair.refiner)
+        figures |= ours(f"_{quantization}")
+    return figures
 
 
 def _full_window(pair: Pair, device: torch.device) -> float:
@@ -103,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=43, help="latent frames of the video (default: %(default)s)")
     add("--text", type=int, default=1024, help="tokens of text (default: %(default)s)")
     add("--layers", type=int, help="of the network, in place of all")
+    add("--quantization", choices=QUANTIZATIONS, help="time ours once more so: its weights beside both others'")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     add("--name", help="of the file in docs/measurements (default: refiner_DEVICE)")
     add("--no-write", dest="write", action="store_false", help="do not write docs/measurements")

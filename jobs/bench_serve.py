@@ -24,7 +24,7 @@ from websockets.sync.client import connect
 
 from longtake.model import presets
 from longtake.model.config import WorldModelConfig
-from longtake.model.pipeline import parts_of
+from longtake.model.parts import parts_of
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner.refiner import SINK
 from longtake.platform.engine import Engine

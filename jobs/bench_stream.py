@@ -22,6 +22,8 @@ from longtake.model.camera import CameraFeatures, parse_actions, random_actions
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.replay import Replay
 from longtake.model.dit.world_model import WorldModel
+from longtake.model.float8 import QUANTIZATIONS, Quantization, check
+from longtake.model.parts import ready
 from longtake.model.samplers.flow_euler import euler, sampler_sigmas
 from longtake.model.stream import ChunkStream
 from longtake.platform.observe import measurements
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, depth=args.depth)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
+    if args.quantization:
+        check(args.device)
     if min(args.minutes, args.sessions) < 1 or args.chunks_a_minute < 2:
         raise ValueError("--minutes and --sessions must be at least 1, --chunks-a-minute at least 2")
     if args.name:
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(vars(args) | {"config": dataclasses.asdict(config)}, indent=2))
         return
     device = torch.device(args.device)
-    figures = Streams(config, device).measure(args.minutes, args.chunks_a_minute, args.sessions)
+    figures = Streams(config, device, args.quantization).measure(args.minutes, args.chunks_a_minute, args.sessions)
     for name, figure in figures.items():
         print(f"{name:32} {figure:.4g}")
     if args.write:
@@ -60,13 +64,15 @@ def main(argv: list[str] | None = None) -> None:
 class Streams:
     """Videos of one network with random weights: texts and noise are random, cameras walk."""
 
-    def __init__(self, config: WorldModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, config: WorldModelConfig, device: torch.device, quantization: Quantization | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.config, self.device = config, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         with device:
-            model = WorldModel(config).to(dtype).eval().requires_grad_(False)
-        self.model = model.lay_out()
+            model = WorldModel(config).eval().requires_grad_(False)
+        self.model = ready(model, dtype, quantization)
         self.dtype, self.size, self.replay = dtype, config.chunk_size, Replay(self.model)
         self.cameras = [self.camera(seed) for seed in range(8)]
 
@@ -158,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", default="tiny", help=f"one of {', '.join(presets.names())} (default: %(default)s)")
     add("--depth", type=int, default=0, help="blocks (default: as many as the preset has)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take")
     add("--minutes", type=int, default=10, help="how long the video gets (default: %(default)s)")
     add("--chunks-a-minute", type=int, default=40, help="40 are a minute: fewer measure less of it")
     add("--sessions", type=int, default=8, help="videos at once (default: %(default)s)")

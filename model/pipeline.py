@@ -17,22 +17,19 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from longtake.model import presets, weights
+from longtake.model import float8, presets, weights
 from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
-from longtake.model.dit.world_model import WorldModel
-from longtake.model.refiner import Refiner, RefinerStream, adapters
-from longtake.model.refiner.text import RefinerTextEncoder
+from longtake.model.parts import PARTS, build, parts_of, ready
+from longtake.model.refiner import RefinerStream, adapters
 from longtake.model.residency import stream_blocks
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
 from longtake.model.stream import ChunkStream
-from longtake.model.text import build_text_encoder
-from longtake.model.vae import build_vae, decode_latents, decode_parts, encode_frames
+from longtake.model.vae import decode_latents, decode_parts, encode_frames
 
-PARTS = ("text", "vae", "dit", "refiner")
 Residency = Literal["all", "stages", "blocks"]
 _BY_BLOCKS = {"refiner", "refiner_text"}  # too large for small devices
 _OF_REFINER = 1 << 16  # where noise of stage 1 has the number of a step
@@ -72,7 +69,7 @@ class WorldPipeline:
         """Random weights: for tests, and for measuring the full size without its checkpoint."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(config, {part: _build(part, config) for part in parts}, device)
+            return cls(config, {part: build(part, config) for part in parts}, device)
 
     @classmethod
     def from_pretrained(
@@ -83,31 +80,36 @@ class WorldPipeline:
         dtype: torch.dtype = torch.float32,
         parts: Sequence[str] | None = None,
         residency: Residency = "all",
+        quantization: float8.Quantization | None = None,
     ) -> WorldPipeline:
         """Load `parts` of a preset (all by default) from a folder or `hf://owner/name`; None is the folder shipped with
         the preset. The refiner's adapters are merged into it where they lie beside it.
 
         residency: what is on the device: all parts; or one at a time, the others in the host's memory; or the same with
         the blocks of the refiner and its text encoder one after another, for devices that do not hold these whole.
+        quantization: "fp8" rounds what the large matrix products of both stages take, see `float8`; what is loaded so
+        cannot be saved.
         ValueError before any tensor is read when the folder is missing or holds another preset.
         """
+        if quantization is not None:
+            float8.check(device)
         config = presets.get(preset)
         folder = weights.resolve(config, weights_path)
         config = weights.config_for(config, folder)
         parts = parts_of(config) if parts is None else parts
-        modules = {part: _build(part, config, folder) for part in parts}
+        modules = {part: build(part, config, folder) for part in parts}
         for part, module in modules.items():
             if part in weights.FOLDERS and not (part == "text" and config.text.kind == "gemma"):
                 weights.load_part(module, folder, part)
             if part == "refiner":
                 adapters.merge_beside(module.get_submodule("transformer").state_dict(), folder)
-            nn.Module.to(module, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
-            if isinstance(module, WorldModel):
-                module.lay_out()
+            modules[part] = ready(module, dtype, quantization)
         return cls(config, modules, device, residency)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write every loaded part and the configuration."""
+        """Write every loaded part and the configuration. ValueError for what was quantized."""
+        if any(isinstance(layer, float8.Float8Linear) for part in self.modules.values() for layer in part.modules()):
+            raise ValueError("weights that were rounded to float8 are not saved: load them without quantization")
         for part, module in self.modules.items():
             weights.save_part(module, Path(folder), part, dtype)
         weights.save_config(self.config, Path(folder))
@@ -409,11 +411,6 @@ class WorldPipeline:
             yield frames[0].cpu().numpy()
 
 
-def parts_of(config: WorldModelConfig) -> tuple[str, ...]:
-    """All parts that a video of this model goes through."""
-    return (*PARTS, "refiner_text") if config.refiner_reads_own_text else PARTS
-
-
 def _finite(latents: Tensor, frames: int) -> Tensor:
     if not torch.isfinite(latents).all():
         raise ValueError(f"these weights diverge over {frames} latent frames: ask for a shorter video")
@@ -437,14 +434,3 @@ def check_folder(config: WorldModelConfig, folder: Path, parts: Sequence[str] | 
     if "refiner" in loaded:
         adapters.merge_beside(loaded["refiner"].get_submodule("transformer").state_dict(), folder)
     return {weights.FOLDERS[part]: len(module.state_dict()) for part, module in loaded.items()}
-
-
-def _build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn.Module:
-    """One part with random weights (Gemma always comes with its own)."""
-    if part == "text":
-        return build_text_encoder(config, None if folder is None else str(folder))
-    if part == "refiner_text" and folder is not None:
-        return RefinerTextEncoder(folder / weights.REFINER_TEXT)
-    if part not in PARTS:
-        raise ValueError(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
-    return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)

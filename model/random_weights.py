@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from longtake.model import float8
 from longtake.model.config import WorldModelConfig
-from longtake.model.dit.world_model import WorldModel
+from longtake.model.parts import ready
 from longtake.model.pipeline import Residency, WorldPipeline
 
 _REFINER_TEXT = 1024  # tokens of a prompt
@@ -19,10 +20,13 @@ def random_pipeline(
     parts: Sequence[str],
     device: str | torch.device,
     residency: Residency = "all",
+    quantization: float8.Quantization | None = None,
 ) -> WorldPipeline:
-    """With these parts, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32. In place of
+    """With these parts and quantization, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32. In place of
     text encoders, features are random.
     """
+    if quantization is not None:
+        float8.check(device)
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     place = device if residency == "all" else torch.device("cpu")
@@ -36,9 +40,7 @@ def random_pipeline(
         else:
             with place:
                 modules |= WorldPipeline.from_config(config, device=place, parts=[part]).modules
-            nn.Module.to(modules[part], dtype)
-    if isinstance(dit := modules.get("dit"), WorldModel):
-        dit.lay_out()
+            modules[part] = ready(modules[part], dtype, quantization)
     return WorldPipeline(config, modules, device, residency)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -55,7 +55,8 @@ class Scaling(_Strict):
 
 class Settings(_Strict):
     """preset, weights: of a model that makes one chunk after another. random_weights: of the preset's sizes, beside
-    random features of texts, to see what a machine can do. refine: whether it can be asked to refine, by default where
+    random features of texts, to see what a machine can do. quantization: fp8 rounds what the large matrix products of
+    both stages take. refine: whether it can be asked to refine, by default where
     the preset's refiner works by blocks. store: folder or s3:// prefix of all files that are made. database: SQLite
     file of what was asked for; by default in `store`, which then must be a folder. database_node: a custom resource
     that, of all of Ray's nodes, only the one with the database's disk has. keys: JSON file of API keys, as
@@ -70,6 +71,7 @@ class Settings(_Strict):
     preset: str = "tiny-streaming"
     weights: str | None = None
     random_weights: bool = False
+    quantization: Literal["fp8"] | None = None
     refine: bool | None = None
     store: str = "runs/serve"
     database: str | None = None

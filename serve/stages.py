@@ -60,9 +60,11 @@ class Stage:
         self.seconds = Histogram(CHUNK_SECONDS, "From a chunk's beginning to its end, in one stage", BOUNDARIES)
 
     def _loaded(self, settings: Settings, parts: tuple[str, ...]) -> WorldPipeline:
+        rounded = settings.quantization
         if settings.random_weights:
-            return random_pipeline(settings.config, parts, self.device)
-        return WorldPipeline.from_pretrained(settings.preset, settings.weights, self.device, self.dtype, parts)
+            return random_pipeline(settings.config, parts, self.device, quantization=rounded)
+        given = settings.preset, settings.weights, self.device, self.dtype, parts
+        return WorldPipeline.from_pretrained(*given, quantization=rounded)
 
     async def run(self, work: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.thread, self._timed, work, *arguments)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LARGEST = 448.0  # of float8_e4m3fn
+from longtake.kernels.float8.reference import rounded
+
 _TOKENS = 16  # of values, that their number is filled up to a multiple of
 
 
@@ -20,7 +21,7 @@ def quantized(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k = k - k.mean(2, keepdim=True, dtype=torch.float32).to(k.dtype)
     v = F.pad(v.transpose(2, 3), (0, -v.shape[2] % _TOKENS))
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = _rounded(q, (2, 3)), _rounded(k, (2, 3)), _rounded(v, (3,))
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = rounded(q, (2, 3)), rounded(k, (2, 3)), rounded(v, (3,))
     return q8, k8, v8, (q_scale * k_scale).flatten(2), v_scale.flatten(2)
 
 
@@ -33,9 +34,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     values = v8[..., :tokens].float().transpose(2, 3) * v_scales[:, :, None]
     out = F.scaled_dot_product_attention(q8.float() * scales[..., None], k8.float(), values, scale=scale)
     return out.transpose(1, 2).to(q.dtype)
-
-
-def _rounded(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x in float8, contiguous, and the scale that its largest magnitude over `dims` needs."""
-    scale = x.abs().amax(dims, keepdim=True).float().clamp(min=1e-12) / _LARGEST
-    return (x / scale).to(torch.float8_e4m3fn).contiguous(), scale

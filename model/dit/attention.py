@@ -20,6 +20,7 @@ from longtake.kernels.short_conv import short_conv
 from longtake.kernels.ucpe import encode
 from longtake.model.config import SoftmaxScale, WorldModelConfig
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
+from longtake.model.float8 import shared
 
 
 @dataclass
@@ -93,17 +94,18 @@ class DualBranchAttention(nn.Module):
         nn.init.zeros_(self.out_proj_cam.bias)
         nn.init.zeros_(self.output_gate.weight)
         nn.init.constant_(self.output_gate.bias, 1.278464542761074)  # SiLU of this is 1
-        for own, shared in zip(
+        for own, main in zip(
             (self.q_proj_cam, self.k_proj_cam, self.v_proj_cam), self.qkv.weight.chunk(3), strict=True
         ):
-            own.weight.data.copy_(shared.data)
+            own.weight.data.copy_(main.data)
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        main = self._heads(self.qkv(x).chunk(3, dim=-1), at, "conv_k")
+        given = shared(x, self.qkv)
+        main = self._heads(self.qkv(given).chunk(3, dim=-1), at, "conv_k")
         camera = None
         if at.ray_from_world is not None:
-            projected = self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)
+            projected = self.q_proj_cam(given), self.k_proj_cam(given), self.v_proj_cam(given)
             camera = self._heads(projected, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
@@ -111,7 +113,7 @@ class DualBranchAttention(nn.Module):
         if mixed_camera is not None:
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
             from_camera = at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
-        return self.proj(output_gate(mixed.flatten(2), self.output_gate(x), from_camera))
+        return self.proj(output_gate(mixed.flatten(2), self.output_gate(given), from_camera))
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in

@@ -20,7 +20,9 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend
+from longtake.kernels.float8 import rounded
 from longtake.model.dit.checkpointing import checkpointed
+from longtake.model.float8 import Float8Linear, shared
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, H, D / 2) float32
 KeysValues = tuple[Tensor, Tensor]  # (B, N, H, D) each
@@ -61,11 +63,27 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(size, size)])
 
     def queries(self, x: Tensor) -> Tensor:
-        return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))
+        return self._by_heads(self.norm_q(self.to_q(x)))
 
     def keys_and_values(self, x: Tensor) -> KeysValues:
-        k, v = self.norm_k(self.to_k(x)), self.to_v(x)
-        return k.unflatten(2, (self.heads, -1)), v.unflatten(2, (self.heads, -1))
+        return self._by_heads(self.norm_k(self.to_k(x))), self._by_heads(self.to_v(x))
+
+    def in_place(self, x: Tensor, rotation: Rotation, room: KeysValues | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries turned by their positions, and keys turned, with values: after those that are there, where there is
+        room, which keeps them.
+        """
+        x = shared(x, self.to_q)
+        q, k, v = (self._by_heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        q = _normed_and_rotated(q, self.norm_q.weight, rotation)
+        if room is None:
+            return q, _normed_and_rotated(k, self.norm_k.weight, rotation), v
+        own_k, own_v = (each[:, -k.shape[1] :] for each in room)
+        _normed_and_rotated(k, self.norm_k.weight, rotation, own_k)
+        own_v.copy_(v)
+        return q, *room
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1))
 
     def output(self, x: Tensor) -> Tensor:
         """Of what was attended to, (B, N, H, D)."""
@@ -86,20 +104,24 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).unbind(2)
         x = _gated(x, gate_a, self._self_attention(_modulated(x, shift_a, scale_a), reading, number))
         x = x + self._cross_attention(_normed(x), text, reading, number)
-        return _gated(x, gate_m, self.ff(_modulated(x, shift_m, scale_m)))
+        return _gated(x, gate_m, self._feed_forward(_modulated(x, shift_m, scale_m)))
 
     def _self_attention(self, x: Tensor, reading: Reading, number: int) -> Tensor:
-        q, (k, v) = self.attn1.queries(x), self.attn1.keys_and_values(x)
-        if reading.plain is not None:
-            reading.plain.append((k, v))
-        if reading.attention is not None:
-            return self.attn1.output(reading.attention(q, k, v, reading.rotation))
-        q, k = rotated(q, reading.rotation), rotated(k, reading.rotation)
-        if reading.before is not None:
-            for room, own in zip(reading.before[number], (k, v), strict=True):
-                room[:, -own.shape[1] :] = own
-            k, v = reading.before[number]
+        if reading.plain is None and reading.attention is None:
+            room = None if reading.before is None else reading.before[number]
+            q, k, v = self.attn1.in_place(x, reading.rotation, room)
+        else:
+            q, (k, v) = self.attn1.queries(x), self.attn1.keys_and_values(x)
+            if reading.plain is not None:
+                reading.plain.append((k, v))
+            if reading.attention is not None:
+                return self.attn1.output(reading.attention(q, k, v, reading.rotation))
+            q, k = rotated(q, reading.rotation), rotated(k, reading.rotation)
         return self.attn1.output(attend(q, k, v, q.shape[-1] ** -0.5))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        up, down = self.ff.net[0].proj, self.ff.net[2]
+        return down(rounded(up(x), gelu=True)) if isinstance(down, Float8Linear) else self.ff(x)
 
     def _cross_attention(self, x: Tensor, text: Tensor | None, reading: Reading, number: int) -> Tensor:
         if text is None:
@@ -109,7 +131,10 @@ class Block(nn.Module):
             k, v = self.attn2.keys_and_values(text)
             if reading.text_keys is not None:
                 reading.text_keys[number] = k, v
-        q, k, v = (y.transpose(1, 2) for y in (self.attn2.queries(x), k, v))
+        q = self.attn2.queries(x)
+        if reading.mask is None:
+            return self.attn2.output(attend(q, k, v, q.shape[-1] ** -0.5))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         return self.attn2.output(F.scaled_dot_product_attention(q, k, v, attn_mask=reading.mask).transpose(1, 2))
 
 
@@ -209,6 +234,18 @@ def _gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 @_on_gpus_compiled
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """x (B, N, H, D), the two halves of each head turned as pairs."""
+    return _turned(x.float(), rotation).to(x.dtype)
+
+
+@_on_gpus_compiled
+def _normed_and_rotated(x: Tensor, weight: Tensor, rotation: Rotation, out: Tensor | None = None) -> Tensor:
+    """x (B, N, H, D) over its root mean square of all heads, times weight (H D), and rotated: into `out`, if given."""
+    normed = F.rms_norm(x.float().flatten(2), weight.shape, weight.float(), _EPS).view(x.shape)
+    turned = _turned(normed, rotation).to(x.dtype)
+    return turned if out is None else out.copy_(turned)
+
+
+def _turned(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

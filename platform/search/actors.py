@@ -13,6 +13,7 @@ import ray
 import torch
 
 from longtake.model.camera import Steering
+from longtake.model.float8 import Quantization
 from longtake.model.pipeline import WorldPipeline
 from longtake.platform.evaluate.novelty import describe
 from longtake.platform.evaluate.sample import Sample
@@ -33,6 +34,7 @@ class ModelSpec:
     weights: str | None = None
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    quantization: Quantization | None = None
     num_steps: int | None = None
     threads: int = 1
     steering: Steering = Steering()
@@ -40,7 +42,8 @@ class ModelSpec:
 
     def load(self, *parts: str) -> WorldPipeline:
         torch.set_num_threads(self.threads)
-        return WorldPipeline.from_pretrained(self.preset, self.weights, self.device, self.dtype, parts)
+        given = self.preset, self.weights, self.device, self.dtype, parts
+        return WorldPipeline.from_pretrained(*given, quantization=self.quantization)
 
 
 @dataclass

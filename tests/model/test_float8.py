@@ -1,0 +1,82 @@
+"""Both stages with factors of their large products in float8."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from longtake.model import float8, presets
+from longtake.model.float8 import Float8Linear, quantize
+from longtake.model.pipeline import WorldPipeline
+
+pytestmark = pytest.mark.cpu
+
+TINY = presets.get("tiny-streaming")
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return WorldPipeline.from_pretrained("tiny-streaming", parts=["text", "dit", "refiner"])
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    return WorldPipeline.from_pretrained("tiny-streaming", parts=["text", "dit", "refiner"], quantization="fp8")
+
+
+def error(found, true):
+    return float((found - true).norm() / true.norm())
+
+
+def test_the_products_of_all_tokens_are_rounded(rounded):
+    layers = {part: [name for name, layer in module.named_modules() if isinstance(layer, Float8Linear)]
+              for part, module in rounded.modules.items()}  # fmt: skip
+    assert layers["text"] == []
+    assert len(layers["dit"]) == 11 * rounded.config.depth
+    assert len(layers["refiner"]) == 8 * rounded.config.refiner.num_layers
+    assert not any(name.endswith(("beta_proj", "kv_linear", "to_k")) and "attn2" in name for name in layers["refiner"])
+
+
+def test_velocities_of_both_stages_are_near(exact, rounded):
+    """Of trained weights: random inputs, unlike anything in training, show more than what is generated."""
+    config, text = exact.config, exact.encode_text(["a hall"])
+    torch.manual_seed(0)
+    latents = torch.randn(1, config.latent_channels, 4, *config.latent_size)
+    timestep = torch.tensor([[0.0, 500.0, 500.0, 500.0]])
+    stage_1 = [pipeline.part("dit")(latents, timestep, *text) for pipeline in (exact, rounded)]
+    assert 1e-3 < error(stage_1[1], stage_1[0]) < 0.2
+    stage_2 = [
+        pipeline.refine(0.3 * latents, *exact.encode_refiner_text(["a hall"]), [0]) for pipeline in (exact, rounded)
+    ]
+    assert 1e-3 < error(stage_2[1], stage_2[0]) < 0.1
+
+
+def test_what_is_rounded_is_not_saved(rounded, tmp_path):
+    with pytest.raises(ValueError, match="without quantization"):
+        rounded.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_of_other_widths_stay_exact():
+    network = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"attn": torch.nn.Module()})])})
+    network.get_submodule("blocks.0.attn").qkv = torch.nn.Linear(32, 24)
+    quantize(network)
+    assert isinstance(network.get_submodule("blocks.0.attn.qkv"), torch.nn.Linear)
+
+
+def test_a_device_that_does_not_multiply_float8_is_refused_before_weights_load(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    with pytest.raises(ValueError, match="compute capability 8.9"):
+        WorldPipeline.from_pretrained("tiny", tmp_path, device="cuda", quantization="fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    float8.check("cuda")
+
+
+def test_a_refiner_whose_blocks_pass_by_may_be_rounded(rounded):
+    latents = torch.randn(1, TINY.latent_channels, 4, *TINY.latent_size)
+    given = rounded.encode_refiner_text(["a hall"])
+    passing = WorldPipeline.from_pretrained(
+        "tiny-streaming", parts=["text", "refiner"], residency="blocks", quantization="fp8"
+    )
+    torch.testing.assert_close(passing.refine(latents, *given, [0]), rounded.refine(latents, *given, [0]))
+    assert dataclasses.asdict(passing.config) == dataclasses.asdict(rounded.config)
