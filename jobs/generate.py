@@ -51,16 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({"options": about, "config": dataclasses.asdict(config)}, indent=2))
         return
     parts = [part for part in parts_of(config) if args.refine or not part.startswith("refiner")]
-    given = (
-        args.preset,
-        args.weights,
-        args.device,
-        getattr(torch, args.dtype),
-        parts,
-        args.residency,
-        args.quantization,
-    )
-    pipeline = WorldPipeline.from_pretrained(*given)
+    given = args.preset, args.weights, args.device, getattr(torch, args.dtype), parts, args.residency
+    pipeline = WorldPipeline.from_pretrained(*given, quantization=args.quantization)
     if args.guidance_scale is not None:
         sampler = dataclasses.replace(config.sampler, guidance_scale=args.guidance_scale)
         pipeline.config = dataclasses.replace(config, sampler=sampler)

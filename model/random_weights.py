@@ -22,8 +22,8 @@ def random_pipeline(
     residency: Residency = "all",
     quantization: float8.Quantization | None = None,
 ) -> WorldPipeline:
-    """With these parts and quantization, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32. In place of
-    text encoders, features are random.
+    """With these parts and quantization, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32.
+    In place of text encoders, features are random.
     """
     if quantization is not None:
         float8.check(device)
