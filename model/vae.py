@@ -9,8 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLLTX2Video
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
     LTX2VideoCausalConv3d,
@@ -19,6 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 )
 from torch import Tensor, nn
 
+from longtake.kernels.conv_input import conv_input
 from longtake.model.config import WorldModelConfig
 
 
@@ -148,10 +151,11 @@ _one_at_a_time = threading.Lock()  # a decoder's layers are changed while it run
 def _streaming(decoder: nn.Module, past: Mapping[str, Tensor], left: dict[str, Tensor]) -> Iterator[None]:
     """A causal LTX-2 decoder goes on from what its convolutions kept of a video, and leaves that anew."""
     with _one_at_a_time:
+        _channels_last(decoder)
         try:
             for name, module in decoder.named_modules():
                 if isinstance(module, LTX2VideoCausalConv3d):
-                    module.forward = _StreamingConv(module, name, past, left)
+                    module.forward = _StreamingConv(module, name, past, left, _take_norm(decoder, name))
                 elif isinstance(module, LTX2VideoUpsampler3d):
                     module.forward = _StreamingUpsample(module, begun=bool(past))
             yield
@@ -160,22 +164,62 @@ def _streaming(decoder: nn.Module, past: Mapping[str, Tensor], left: dict[str, T
                 module.__dict__.pop("forward", None)
 
 
+@torch.inference_mode(False)
+def _channels_last(decoder: nn.Module) -> None:
+    """Lay weights on a GPU as its convolutions read them, once; they stay the same numbers."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv3d) and module.weight.is_cuda:
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+
+
+_NORMS = {  # what comes before a convolution, by its name
+    "conv1": ("norm1", "nonlinearity"),
+    "conv2": ("norm2", "nonlinearity"),
+    "conv_out": ("norm_out", "conv_act"),
+}
+
+
+def _take_norm(decoder: nn.Module, name: str) -> float | None:
+    """The eps of the norm before the SiLU before a convolution, which takes over both; None where there are none, or a
+    timestep's scale between them.
+    """
+    of, _, name = name.rpartition(".")
+    block: Any = decoder.get_submodule(of)
+    if name not in _NORMS or block.scale_shift_table is not None:
+        return None
+    norm, silu = (getattr(block, each) for each in _NORMS[name])
+    norm.forward = silu.forward = _unchanged
+    return norm.eps
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class _StreamingConv:
-    """A causal convolution after the last kernel-1 frames of the past, at first its own first frame repeated."""
+    """A causal convolution after the last kernel-1 frames of the past, at first its own first frame repeated; with the
+    norm and SiLU before it, where eps is the norm's.
+    """
 
     def __init__(
-        self, layer: LTX2VideoCausalConv3d, name: str, past: Mapping[str, Tensor], left: dict[str, Tensor]
+        self,
+        layer: LTX2VideoCausalConv3d,
+        name: str,
+        past: Mapping[str, Tensor],
+        left: dict[str, Tensor],
+        eps: float | None,
     ) -> None:
-        self.layer, self.name, self.past, self.left = layer, name, past, left
+        self.layer, self.name, self.past, self.left, self.eps = layer, name, past, left, eps
 
     def __call__(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
-        reach = self.layer.kernel_size[0] - 1
-        tail = self.past.get(self.name)
-        if tail is None:
-            tail = hidden_states[:, :, :1].expand(-1, -1, reach, -1, -1)
-        hidden_states = torch.cat([tail, hidden_states], dim=2)
-        self.left[self.name] = hidden_states[:, :, hidden_states.shape[2] - reach :].clone()
-        return self.layer.conv(hidden_states)
+        conv, (reach, rows, columns) = self.layer.conv, (size - 1 for size in self.layer.kernel_size)
+        mirrored = conv.padding_mode == "reflect"
+        border = (rows // 2, columns // 2) if mirrored else (0, 0)
+        past = self.past.get(self.name)
+        hidden_states, self.left[self.name] = conv_input(hidden_states, past, reach, border, self.eps)
+        if not mirrored:
+            return conv(hidden_states)
+        return F.conv3d(hidden_states, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
 class _StreamingUpsample:
@@ -188,11 +232,16 @@ class _StreamingUpsample:
         out = self._to_space(self.layer.conv(hidden_states, causal=causal))
         if self.layer.residual:
             skip = self._to_space(hidden_states)
-            out = out + skip.repeat(1, out.shape[1] // skip.shape[1], 1, 1, 1)
+            out.unflatten(1, (-1, skip.shape[1])).add_(skip[:, None])
         return out[:, :, 0 if self.begun else self.layer.stride[0] - 1 :]
 
     def _to_space(self, x: Tensor) -> Tensor:
-        stride_t, stride_h, stride_w = self.layer.stride
-        b, _, t, h, w = x.shape
-        x = x.reshape(b, -1, stride_t, stride_h, stride_w, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(b, -1, t * stride_t, h * stride_h, w * stride_w)
+        """One copy, which keeps channels last."""
+        (stride_t, stride_h, stride_w), (b, _, t, h, w) = self.layer.stride, x.shape
+        parts = x.unflatten(1, (-1, stride_t, stride_h, stride_w)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        shape = b, parts.shape[1], t * stride_t, h * stride_h, w * stride_w
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        layout = torch.channels_last_3d if last else torch.contiguous_format
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        out.view(parts.shape).copy_(parts)
+        return out

@@ -8,6 +8,7 @@ _COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from longtake.kernels.conv_input import triton_conv_input
 from longtake.kernels.gdn import triton_maps, triton_read, triton_scan
 from longtake.kernels.glu_conv import triton_glu_conv
 from longtake.kernels.modulate import triton_gates, triton_modulate
@@ -43,10 +44,10 @@ class Launcher:
 
 
 for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_gates, triton_modulate, triton_conv,
-               triton_encode):
+               triton_encode, triton_conv_input):
     launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
                 "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve"}
+                "_convolve", "_conv_input"}
     for name in launched & set(vars(module)):
         if isinstance(vars(module)[name], triton.JITFunction):
             setattr(module, name, Launcher(vars(module)[name]))
@@ -81,6 +82,9 @@ back(triton_conv.ShortConv.apply(randn(1, T, S, C), randn(C, 1, 4)))
 tokens, frame = [randn(1, T * S, C) for _ in range(4)], randn(1, T, 1, C)
 back(triton_modulate.Modulate.apply(tokens[0], frame, frame, 1e-6))
 back(triton_gates.Gated.apply(tokens[0], frame, *tokens[1:]), triton_gates.OutputGate.apply(*tokens[:3]))
+video = randn(1, 1024, 2, 3, 4).detach()
+for past, eps in ((None, 1e-8), (video, 1e-8), (video, None)):
+    triton_conv_input.conv_input(video, past, 2, (1, 1), eps)
 print(*sorted(set(compiled)))
 """
 
