@@ -23,7 +23,7 @@ from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
 from longtake.model.parts import PARTS, build, parts_of, ready
-from longtake.model.refiner import RefinerStream, adapters
+from longtake.model.refiner import Refiner, RefinerStream, adapters
 from longtake.model.residency import stream_blocks
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
 from longtake.model.samplers.flow_euler import clip_noise, euler, sampler_sigmas, trajectory_sigmas
@@ -58,6 +58,8 @@ class WorldPipeline:
         if residency == "all":
             for module in self.modules.values():
                 module.to(self.device)
+            if isinstance(refiner := self.modules.get("refiner"), Refiner):
+                refiner.replay_rounded()
         elif residency == "blocks":
             for name in _BY_BLOCKS & self.modules.keys():
                 stream_blocks(self.modules[name], self.device)

@@ -6,7 +6,9 @@ blocks, each seeing the sink and the last refined frames before it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longtake.model.config import WorldModelConfig
+from longtake.model.float8 import Float8Linear
 from longtake.model.refiner.blockwise import SINK, Blocks
 from longtake.model.refiner.network import KeysValues, Reading, Rotation, VideoTransformer, rotated
+from longtake.model.refiner.replay import Replay, Velocity
 from longtake.model.samplers.flow_euler import euler
 
 
@@ -32,6 +36,15 @@ class Refiner(nn.Module):
         self.transformer = VideoTransformer(
             config.latent_channels, spec.num_heads, spec.head_dim, spec.num_layers, spec.text_dim
         )
+        self.replay: Replay | None = None
+
+    def replay_rounded(self) -> None:
+        """Of weights in float8, which stay where they are, replay passes over blocks beside a full window, on a GPU.
+        Others keep it busy for longer than a CPU takes to issue them, and replayed ones hold one more window of keys
+        and values.
+        """
+        if any(isinstance(layer, Float8Linear) for layer in self.transformer.modules()):
+            self.replay = Replay(self.velocity, self)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         return self.velocity(latents, timestep, self.reading(latents, text, text_mask))
@@ -78,12 +91,12 @@ class Refiner(nn.Module):
             return torch.cat(list(RefinerStream(self, text, text_mask, lambda number, x: next(parts))([latents])), 2)
         reading = self.reading(latents, text, text_mask)
         reading.text_keys = {}
-        return self._denoised(latents, noise, reading, SINK)
+        return self._denoised(latents, noise, functools.partial(self.velocity, reading=reading), SINK)
 
-    def _denoised(self, latents: Tensor, noise: Tensor, reading: Reading, frozen: int) -> Tensor:
+    def _denoised(self, latents: Tensor, noise: Tensor, velocity: Velocity, frozen: int) -> Tensor:
         start = (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
         start[:, :, :frozen] = latents[:, :, :frozen]
-        return euler(lambda x, timestep: self.velocity(x, timestep, reading), start, self.sigmas, frozen)
+        return euler(velocity, start, self.sigmas, frozen)
 
 
 def block_sizes(frames: int, size: int) -> list[int]:
@@ -173,24 +186,35 @@ class RefinerStream:
     @torch.no_grad()
     def refine(self, latents: Tensor, noise: Tensor) -> Tensor:
         """The refined next block of these latents (B, C, t, h, w), from which later ones go on."""
-        reading = self._going_on(latents)
-        refined = self.refiner._denoised(latents, noise, reading, 0)
-        self._keep(refined, reading)
+        with self._going_on(latents) as (velocity, before):
+            refined = self.refiner._denoised(latents, noise, velocity, 0)
+            self._keep(refined, velocity, before)
         return refined
 
     @torch.no_grad()
     def recall(self, refined: Tensor) -> None:
         """Go on after a next block (B, C, t, h, w) that was refined before."""
-        self._keep(refined, self._going_on(refined))
+        with self._going_on(refined) as (velocity, before):
+            self._keep(refined, velocity, before)
 
-    def _going_on(self, latents: Tensor) -> Reading:
-        """Of the block that comes next: what is before it, with room for it."""
+    @contextmanager
+    def _going_on(self, latents: Tensor) -> Iterator[tuple[Velocity, list[KeysValues]]]:
+        """Passes over the block that comes next, and keys and values of what is before it, with room for it."""
         past, refiner, frames = self.past, self.refiner, latents.shape[2]
         reading = self._reading(latents)
         # The sink moves along, so that it is right before the history.
         before = past.frames - past.length - SINK
         there = refiner.places(range(before, before + SINK), latents)
         area = latents.shape[3] * latents.shape[4]
+        full = past.length == refiner.window - SINK and frames == refiner.block_size
+        if refiner.replay is not None and full and latents.is_cuda:
+            window = (SINK + past.length + frames) * area
+            with refiner.replay.block(latents, reading, window) as (velocity, rooms):
+                for room, (k, v), history in zip(rooms, past.sink, past.history, strict=True):
+                    _fill(room, [(rotated(k, there), v), history])
+                del past, history
+                yield velocity, rooms
+            return
         reading.before = []
         history = list(past.history)
         # The history lies in what is made here, too: from there it is read from now on, so that it is held once.
@@ -203,16 +227,18 @@ class RefinerStream:
                     history[number] = _between(reading.before[-1], SINK * area, frames * area)
         finally:
             self.past = replace(past, history=tuple(history))
-        return reading
+        yield functools.partial(refiner.velocity, reading=reading), reading.before
 
-    def _keep(self, refined: Tensor, reading: Reading) -> None:
-        past, refiner, frames = self.past, self.refiner, refined.shape[2]
+    def _keep(self, refined: Tensor, velocity: Velocity, before: list[KeysValues]) -> None:
+        past, frames = self.past, refined.shape[2]
         area = refined.shape[3] * refined.shape[4]
-        refiner.velocity(refined, refined.new_zeros(len(refined), frames), reading)  # leaves its keys and values
-        length = min(past.length + frames, refiner.window - SINK)
-        assert reading.before is not None
-        history = tuple(_between(each, each[0].shape[1] - length * area) for each in reading.before)
-        self.past = RefinerPast(past.frames + frames, past.sink, history, length)
+        velocity(refined, refined.new_zeros(len(refined), frames))  # leaves its keys and values
+        length = min(past.length + frames, self.refiner.window - SINK)
+        history = (_between(each, each[0].shape[1] - length * area) for each in before)
+        self.past = past = RefinerPast(past.frames + frames, past.sink)  # the one before gives up its memory first
+        if self.refiner.replay is not None:
+            history = ((k.clone(), v.clone()) for k, v in history)  # other videos' will take its place
+        self.past = replace(past, history=tuple(history), length=length)
 
     def _reading(self, latents: Tensor) -> Reading:
         """Of the frames that come next."""
@@ -230,10 +256,13 @@ def _between(each: KeysValues, first: int, last: int = 0) -> KeysValues:
 
 def _with_room(parts: Sequence[KeysValues], tokens: int) -> KeysValues:
     """Keys and values one after another, followed by room for so many tokens."""
-    length = sum(k.shape[1] for k, _ in parts)
-    found = []
-    for each in zip(*parts, strict=True):
-        whole = each[0].new_empty(len(each[0]), length + tokens, *each[0].shape[2:])
-        torch.cat(each, 1, out=whole[:, :length])
-        found.append(whole)
-    return found[0], found[1]
+    length, (k, v) = sum(k.shape[1] for k, _ in parts), parts[0]
+    room = tuple(x.new_empty(len(x), length + tokens, *x.shape[2:]) for x in (k, v))
+    _fill(room, parts)
+    return room
+
+
+def _fill(room: KeysValues, parts: Sequence[KeysValues]) -> None:
+    """Put keys and values one after another where there is room."""
+    for whole, each in zip(room, zip(*parts, strict=True), strict=True):
+        torch.cat(each, 1, out=whole[:, : sum(x.shape[1] for x in each)])

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from longtake.model import float8, presets
+from longtake.model import float8, parts, presets
 from longtake.model.float8 import Float8Linear, quantize
 from longtake.model.pipeline import WorldPipeline
-
-pytestmark = pytest.mark.cpu
+from longtake.model.refiner import Refiner, RefinerStream
 
 TINY = presets.get("tiny-streaming")
 
@@ -28,6 +27,7 @@ def error(found, true):
     return float((found - true).norm() / true.norm())
 
 
+@pytest.mark.cpu
 def test_the_products_of_all_tokens_are_rounded(rounded):
     layers = {part: [name for name, layer in module.named_modules() if isinstance(layer, Float8Linear)]
               for part, module in rounded.modules.items()}  # fmt: skip
@@ -37,6 +37,7 @@ def test_the_products_of_all_tokens_are_rounded(rounded):
     assert not any(name.endswith(("beta_proj", "kv_linear", "to_k")) and "attn2" in name for name in layers["refiner"])
 
 
+@pytest.mark.cpu
 def test_velocities_of_both_stages_are_near(exact, rounded):
     """Of trained weights: random inputs, unlike anything in training, show more than what is generated."""
     config, text = exact.config, exact.encode_text(["a hall"])
@@ -51,12 +52,14 @@ def test_velocities_of_both_stages_are_near(exact, rounded):
     assert 1e-3 < error(stage_2[1], stage_2[0]) < 0.1
 
 
+@pytest.mark.cpu
 def test_what_is_rounded_is_not_saved(rounded, tmp_path):
     with pytest.raises(ValueError, match="without quantization"):
         rounded.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.cpu
 def test_layers_of_other_widths_stay_exact():
     network = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.ModuleDict({"attn": torch.nn.Module()})])})
     network.get_submodule("blocks.0.attn").qkv = torch.nn.Linear(32, 24)
@@ -64,6 +67,7 @@ def test_layers_of_other_widths_stay_exact():
     assert isinstance(network.get_submodule("blocks.0.attn.qkv"), torch.nn.Linear)
 
 
+@pytest.mark.cpu
 def test_a_device_that_does_not_multiply_float8_is_refused_before_weights_load(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match="compute capability 8.9"):
@@ -72,6 +76,7 @@ def test_a_device_that_does_not_multiply_float8_is_refused_before_weights_load(m
     float8.check("cuda")
 
 
+@pytest.mark.cpu
 def test_a_refiner_whose_blocks_pass_by_may_be_rounded(rounded):
     latents = torch.randn(1, TINY.latent_channels, 4, *TINY.latent_size)
     given = rounded.encode_refiner_text(["a hall"])
@@ -80,3 +85,38 @@ def test_a_refiner_whose_blocks_pass_by_may_be_rounded(rounded):
     )
     torch.testing.assert_close(passing.refine(latents, *given, [0]), rounded.refine(latents, *given, [0]))
     assert dataclasses.asdict(passing.config) == dataclasses.asdict(rounded.config)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_blocks_beside_a_full_window_are_replayed():
+    """Of two videos that take turns, and one that goes on from a past of before; with and without a mask of the text."""
+    spec = dataclasses.replace(TINY.refiner, block_size=3, window=5, num_layers=2)
+    config, device = dataclasses.replace(TINY, refiner=spec), torch.device("cuda")
+    torch.manual_seed(0)
+    refiner = parts.ready(Refiner(config), torch.bfloat16, "fp8").to(device).eval()
+    text, mask = torch.randn(2, 1, 16, spec.text_dim, device=device), torch.ones(2, 1, 16, device=device)
+    latents = torch.randn(2, 16, 1, config.latent_channels, 3, *config.latent_size, device=device)
+
+    def videos():
+        streams = [RefinerStream(refiner, text[n], mask[n], lambda number, x: torch.ones_like(x)) for n in range(2)]
+        refined = [[], [], []]
+        for number in range(8):
+            for which, stream in enumerate(streams):
+                refined[which] += list(stream.take(latents[which, number]))
+            if number == 5:
+                fork = RefinerStream(refiner, text[0], mask[0], past=streams[0].past)
+                fork._text_keys = streams[0]._text_keys
+        for number in range(2):
+            refined[2].append(fork.refine(latents[1, number], latents[0, number]))
+        return [torch.cat(each, 2) for each in refined]
+
+    for masked in (False, True):
+        mask[:, :, 9:] = 0 if masked else 1
+        refiner.replay = None
+        expected = videos()
+        refiner.replay_rounded()
+        found = videos()
+        assert refiner.replay._captured.output is not None
+        for ours, true in zip(found, expected, strict=True):
+            assert torch.equal(ours, true)

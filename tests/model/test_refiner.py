@@ -88,10 +88,10 @@ def test_a_block_in_training_sees_what_a_stream_shows_it(size, window, frames, c
     found = [torch.zeros_like(clean[:, :, :1])]
     parts = zip(*(x.split(size, dim) for x, dim in ((clean[:, :, 1:], 2), (timestep[:, 1:], 1))), strict=True)
 
-    def pretend(latents, noise, reading, frozen):
+    def pretend(latents, noise, velocity, frozen):
         """The block was refined to its clean frames."""
         true, at = next(parts)
-        found.append(refiner.velocity(latents, at, reading))
+        found.append(velocity(latents, at))
         return true
 
     monkeypatch.setattr(refiner, "_denoised", pretend)
