@@ -83,6 +83,7 @@ def measure(
     figures |= ours("")
     if quantization is not None:
         quantize(pair.refiner)
+        pair.refiner.replay_rounded()
         figures |= ours(f"_{quantization}")
     return figures
 

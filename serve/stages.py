@@ -160,13 +160,16 @@ class Refine(Stage):
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """Refine noise until a window is full: what is compiled or tuned is so before the first video."""
+        """Refine noise until a window is full, and beside it: what is compiled, tuned or captured is so before the first
+        video.
+        """
         config = self.pipeline.config
         text = torch.zeros(1, 1, config.refiner.text_dim, device=self.device, dtype=self.dtype)
         stream = self.pipeline.refining(text, torch.ones(1, 1, device=self.device), [0])
         block = torch.zeros(1, config.latent_channels, config.refiner.block_size or 1, *config.latent_size)
         while stream.past.length < config.refiner.window - SINK:
             list(stream.take(block.to(self.device)))
+        list(stream.take(block.to(self.device)))
 
     async def latents(self, task: Task) -> AsyncGenerator[np.ndarray, None]:
         """(1, C, t, h, w): the first frame, then block after block."""

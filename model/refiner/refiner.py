@@ -69,11 +69,12 @@ class Refiner(nn.Module):
         velocity = self.transformer(rearrange(latents, "b c t h w -> b (t h w) c"), timestep, reading)
         return rearrange(velocity, "b (t h w) c -> b c t h w", t=frames, h=height)
 
-    def reading(self, latents: Tensor, text: Tensor, text_mask: Tensor, first: int = 0) -> Reading:
-        """What latents (B, C, T, h, w), whose first frame is number `first` of its video, read of text and places."""
-        mask = text_mask.bool()
-        frames = range(first, first + latents.shape[2])
-        return Reading(text, None if mask.all() else mask[:, None, None], self.places(frames, latents))
+    def reading(self, latents: Tensor, text: Tensor, text_mask: Tensor | None, first: int = 0) -> Reading:
+        """What latents (B, C, T, h, w), whose first frame is number `first` of its video, read of text and places;
+        without a mask all tokens of the text are real.
+        """
+        mask = None if text_mask is None or text_mask.all() else text_mask.bool()[:, None, None]
+        return Reading(text, mask, self.places(range(first, first + latents.shape[2]), latents))
 
     def places(self, frames: Sequence[int], latents: Tensor) -> Rotation:
         """Of these frames of the video that `latents` is a part of."""
@@ -139,7 +140,8 @@ class RefinerStream:
         known: Sequence[Tensor] = (),
     ):
         self.refiner, self.noise, self.past, self.known = refiner, noise, past or RefinerPast(), known
-        self._text, self._mask = text, text_mask
+        # Asked once: for the answer the CPU waits until the GPU has done all that it was given.
+        self._text, self._mask = text, None if text_mask.all() else text_mask
         self._text_keys: dict[int, KeysValues] = {}
         self._waiting: Tensor | None = None
         self._number = 0
