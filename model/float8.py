@@ -19,25 +19,28 @@ QUANTIZATIONS = get_args(Quantization)
 # Of a world model's blocks and a refiner's: what every token passes. What is computed once for many steps, the GDN's
 # gates and what sums frames stay exact.
 _LAYERS = re.compile(
-    r"blocks\.\d+\.(attn\.(qkv|[qkv]_proj_cam|out_proj_cam|output_gate|proj)|cross_attn\.(q_linear|proj)"
-    r"|mlp\.(inverted|point)_conv\.conv)"
-    r"|.*transformer_blocks\.\d+\.(attn1\.to_([qkv]|out\.0)|attn2\.to_(q|out\.0)|ff\.net\.(0\.proj|2))"
+    r"blocks\.\d+\.(attn\.(out_proj_cam|output_gate|proj)|cross_attn\.(q_linear|proj)|mlp\.(inverted|point)_conv\.conv)"
+    r"|.*transformer_blocks\.\d+\.(attn1\.to_out\.0|attn2\.to_(q|out\.0)|ff\.net\.(0\.proj|2))"
 )
+# Those whose `joint` takes the place of several layers of the same inputs.
+_JOINT = re.compile(r"blocks\.\d+\.attn|.*transformer_blocks\.\d+\.attn1")
 
 
 class Float8Linear(nn.Module):
-    """A linear layer, or a 1 x 1 convolution, with weights in float8: x (..., C), or x rounded, to (..., D), in the
-    dtype that the weights had.
+    """Linear layers, or 1 x 1 convolutions, of the same inputs, with weights in float8: x (..., C), or x rounded, to
+    (..., D), one layer's outputs after another's, in the dtype that the weights had.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, *layers: Any):
         super().__init__()
-        weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
-        values, scale = rounded(weight.detach().flatten(1))
-        self.dtype = weight.dtype
+        values, scale = rounded(torch.cat([layer.weight.detach().flatten(1) for layer in layers]))
+        biases = [
+            layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach() for layer in layers
+        ]
+        self.dtype = layers[0].weight.dtype
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias", None if all(layer.bias is None for layer in layers) else torch.cat(biases))
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
         x = x if isinstance(x, Rounded) else rounded(x)
@@ -53,9 +56,17 @@ def quantize(network: Any) -> None:
     """Replace the layers of a world model or a refiner whose products are large, once its weights are final and in
     their dtype: they can be neither trained nor saved afterwards.
     """
-    for name, layer in list(network.named_modules()):
-        if _LAYERS.fullmatch(name) and all(size % float8.CHANNELS == 0 for size in layer.weight.shape[:2]):
-            network.set_submodule(name, Float8Linear(layer))
+    for name, module in list(network.named_modules()):
+        if _LAYERS.fullmatch(name) and _fits(module):
+            network.set_submodule(name, Float8Linear(module))
+        elif _JOINT.fullmatch(name) and all(_fits(getattr(module, each)) for each in module.joined):
+            module.joint = Float8Linear(*(getattr(module, each) for each in module.joined))
+            for each in module.joined:
+                setattr(module, each, None)
+
+
+def _fits(layer: Any) -> bool:
+    return all(size % float8.CHANNELS == 0 for size in layer.weight.shape[:2])
 
 
 def check(device: str | torch.device) -> None:

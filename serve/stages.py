@@ -160,8 +160,8 @@ class Refine(Stage):
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """Refine noise until a window is full, and beside it: what is compiled, tuned or captured is so before the first
-        video.
+        """Refine noise until a window is full, and once beside it: what is compiled, tuned or captured is so before the
+        first video.
         """
         config = self.pipeline.config
         text = torch.zeros(1, 1, config.refiner.text_dim, device=self.device, dtype=self.dtype)

@@ -1,6 +1,6 @@
 """Frame-wise Gated DeltaNet: linear attention whose state moves once a frame.
 
-The operator in its three steps, each computed by Triton where `launch.fused` says so, else by its definition in
+The operator in its steps, each computed by Triton where `launch.fused` says so, else by its definition in
 `reference`, which documents shapes. Under Triton, queries, keys and values keep their dtype, of 16 bits, and are
 multiplied in it; states are float32 always.
 """
@@ -15,6 +15,18 @@ from torch import Tensor
 
 from longtake.kernels.gdn import reference
 from longtake.kernels.launch import apply, fused
+
+
+def gates(
+    projected: Tensor, frames: int, dt_bias: Tensor, a_log: Tensor, inflation: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `reference.gates`; Triton computes it where nobody wants a gradient."""
+    if fused(projected) and not torch.is_grad_enabled():
+        from longtake.kernels.gdn import triton_gates
+
+        with torch.cuda.device_of(projected):
+            return triton_gates.gates(projected, frames, dt_bias, a_log, inflation)
+    return reference.gates(projected, frames, dt_bias, a_log, inflation)
 
 
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,24 @@ def gdn_bidirectional(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tens
     return read_states(q, bidirectional_states(transition, increment))
 
 
+def gates(
+    projected: Tensor, frames: int, dt_bias: Tensor, a_log: Tensor, inflation: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """beta (B, T, S, H) of each token, decay (B, T, H) of each frame, and, where a camera branch's keys grew by
+    `inflation` (B, T S, H), its beta; float32.
+
+    projected (B, T S, 2 H): first what beta is the sigmoid of, then what a frame's mean is taken of: with dt_bias (H)
+    its softplus is the time that passes, and exp(a_log (H)) how fast is forgotten. The camera's beta is as much smaller
+    as its keys' squares are larger, in a frame's mean.
+    """
+    of_token, of_frame = wide(projected).unflatten(1, (frames, -1)).chunk(2, dim=-1)
+    step = F.softplus(of_frame.mean(2) + wide(dt_bias))
+    beta, decay = of_token.sigmoid(), (-wide(a_log).exp() * step).exp()
+    if inflation is None:
+        return beta, decay, None
+    return beta, decay, beta / inflation.unflatten(1, (frames, -1)).mean(2, keepdim=True).clamp(min=1)
+
+
 def frame_maps(k: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
     """Each frame as a map M -> M A + U: transition A (B, T, H, D, D), increment U (B, T, H, V, D), float32."""
     k, v, beta, decay = (wide(x) for x in (k, v, beta, decay))

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn import frame_maps, maps_of_branches, read
+from longtake.kernels.float8 import Rounded
+from longtake.kernels.gdn import frame_maps, gates, maps_of_branches, read
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
@@ -67,6 +68,8 @@ class ShortConv(nn.Module):
 class DualBranchAttention(nn.Module):
     """What GDN and softmax attention share: projections, norms, output gate. x (B, N, C) is the modulated input."""
 
+    joined = "qkv", "q_proj_cam", "k_proj_cam", "v_proj_cam"  # whose place `joint` takes, where there is one
+
     def __init__(self, config: WorldModelConfig):
         super().__init__()
         size, heads = config.hidden_size, config.num_heads
@@ -78,6 +81,7 @@ class DualBranchAttention(nn.Module):
         self.out_proj_cam = nn.Linear(size, size)
         self.output_gate = nn.Linear(size, size)
         self.proj = nn.Linear(size, size)
+        self.joint: nn.Module | None = None
         # The GDN's gates; softmax blocks of the public checkpoints carry them, unused.
         self.beta_proj, self.gate_proj = nn.Linear(size, heads), nn.Linear(size, heads)
         self.A_log, self.dt_bias = nn.Parameter(torch.empty(heads)), nn.Parameter(torch.empty(heads))
@@ -101,12 +105,10 @@ class DualBranchAttention(nn.Module):
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        given = shared(x, self.qkv)
-        main = self._heads(self.qkv(given).chunk(3, dim=-1), at, "conv_k")
-        camera = None
-        if at.ray_from_world is not None:
-            projected = self.q_proj_cam(given), self.k_proj_cam(given), self.v_proj_cam(given)
-            camera = self._heads(projected, at, "conv_k_cam")
+        given = shared(x, self.output_gate)
+        main, camera = self._projected(given, at.ray_from_world is not None)
+        main = self._heads(main, at, "conv_k")
+        camera = None if camera is None else self._heads(camera, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at)
         from_camera = None
@@ -114,6 +116,14 @@ class DualBranchAttention(nn.Module):
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
             from_camera = at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
         return self.proj(output_gate(mixed.flatten(2), self.output_gate(given), from_camera))
+
+    def _projected(self, x: Tensor | Rounded, camera: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Queries, keys and values of the main branch, and of the camera's, (B, N, C) each."""
+        if self.joint is not None:
+            parts = self.joint(x).chunk(6, dim=-1)
+            return parts[:3], parts[3:] if camera else None
+        main = self.qkv(x).chunk(3, dim=-1)
+        return main, (self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)) if camera else None
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
@@ -150,34 +160,46 @@ class GDNAttention(DualBranchAttention):
         self.contractive, self.key_scale = config.contractive_gdn, config.key_scale
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
+        self.register_buffer("gates_weight", None, persistent=False)
+        self.register_buffer("gates_bias", None, persistent=False)
 
-    def gates(self, x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-        """beta (B, T, S, H) a token, decay (B, T, H) a frame, float32."""
-        # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
+    def lay_out(self) -> None:
+        """Put weights that will not be trained where they are read fastest."""
+        self.gates_weight, self.gates_bias = self._of_gates()
+        for conv in (self.conv_k, self.conv_k_cam):
+            conv.weight.data = conv.weight.data[:, 0].T.contiguous().T[:, None]
+
+    def _of_gates(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
-        bias = torch.cat([self.beta_proj.bias, self.gate_proj.bias])
+        return weight, torch.cat([self.beta_proj.bias, self.gate_proj.bias])
+
+    def gates(self, x: Tensor, frames: int, inflation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """beta (B, T, S, H) a token, decay (B, T, H) a frame, and of keys with an inflation (B, N, H) the camera's
+        beta; float32.
+        """
+        # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
+        known = self.gates_weight is not None
+        weight, bias = (self.gates_weight, self.gates_bias) if known else self._of_gates()
         # Inside an autocast-free region inputs may be lower precision than weights.
-        projected = F.linear(x.to(weight.dtype), weight, bias).unflatten(1, (frames, -1))
-        of_token, of_frame = wide(projected).chunk(2, dim=-1)
-        step = F.softplus(of_frame.mean(2) + wide(self.dt_bias))
-        return of_token.sigmoid(), (-wide(self.A_log).exp() * step).exp()
+        projected = F.linear(x.to(weight.dtype), weight, bias)
+        return gates(projected, frames, self.dt_bias, self.A_log, inflation)
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         q, k, v = main
-        beta, decay = self.gates(x, at.frames)
         by_frame = lambda tensor: tensor.unflatten(1, (at.frames, -1))  # noqa: E731
         scale = {"tokens": q.shape[-1] * (q.shape[1] // at.frames), "channels": q.shape[-1], "none": 1}[self.key_scale]
         scale = scale**-0.5
         q_rotated, q, _ = encode(q, at.rope, self.q_norm.weight, relu=True, plain=True)
         k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
         assert q is not None and k is not None
-        beta_main = self._bounded(beta, by_frame(k))
-        branches = [(by_frame(k_rotated), by_frame(v), beta_main)]
-        q_cam = None
+        q_cam = inflation = None
         if camera is not None:
             q_cam, k_cam, v_cam, inflation = self.to_rays(camera, at, relu=True, scale=scale)
-            discount = by_frame(inflation).mean(2, keepdim=True).clamp(min=1)
-            beta_camera = self._bounded(beta / discount, by_frame(k_cam))
+        beta, decay, beta_camera = self.gates(x, at.frames, inflation)
+        beta_main = self._bounded(beta, by_frame(k))
+        branches = [(by_frame(k_rotated), by_frame(v), beta_main)]
+        if beta_camera is not None:
+            beta_camera = self._bounded(beta_camera, by_frame(k_cam))
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
         part = "main" if q_cam is None else "main camera"
         states = at.time.states(*maps_of_branches(branches, decay), part=part).chunk(len(branches))

@@ -40,6 +40,12 @@ class GLUMBConvTemp(nn.Module):
         )
         nn.init.zeros_(self.t_conv.weight)
 
+    def lay_out(self) -> None:
+        """Put weights that will not be trained where they are read fastest."""
+        self.t_conv.to(memory_format=torch.channels_last)
+        taps = self.depth_conv.conv.weight
+        taps.data = taps.data.flatten(1).T.contiguous().T.view(taps.shape)
+
     def forward(self, x: Tensor, grid: tuple[int, int, int], time: TimeAxis) -> tuple[Tensor, Tensor]:
         """x (B, N, C) of a (T, height, width) grid: y and its convolution, which the block adds up."""
         frames, height, width = grid

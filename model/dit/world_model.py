@@ -222,7 +222,9 @@ class WorldModel(nn.Module):
         """Weights that will not be trained where their kernels read them fastest; returns the network."""
         blocks: Any = self.blocks
         for block in blocks:
-            block.mlp.t_conv.to(memory_format=torch.channels_last)
+            block.mlp.lay_out()
+            if isinstance(block.attn, GDNAttention):
+                block.attn.lay_out()
         return self
 
     @property

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from longtake.kernels.attention import attend
 from longtake.kernels.float8 import rounded
 from longtake.model.dit.checkpointing import checkpointed
-from longtake.model.float8 import Float8Linear, shared
+from longtake.model.float8 import Float8Linear
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, H, D / 2) float32
 KeysValues = tuple[Tensor, Tensor]  # (B, N, H, D) each
@@ -55,12 +55,15 @@ class Reading:
 class Attention(nn.Module):
     """Projections and norms of one attention; queries, keys and values are normalised over all heads."""
 
+    joined = "to_q", "to_k", "to_v"  # whose place `joint` takes, where there is one
+
     def __init__(self, size: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm_q, self.norm_k = nn.RMSNorm(size, _EPS), nn.RMSNorm(size, _EPS)
         self.to_q, self.to_k, self.to_v = (nn.Linear(size, size) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(size, size)])
+        self.joint: nn.Module | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         return self._by_heads(self.norm_q(self.to_q(x)))
@@ -72,8 +75,7 @@ class Attention(nn.Module):
         """Queries turned by their positions, and keys turned, with values: after those that are there, where there is
         room, which keeps them.
         """
-        x = shared(x, self.to_q)
-        q, k, v = (self._by_heads(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k, v = self._projected(x)
         weights = self.norm_q.weight, self.norm_k.weight
         if room is None:
             return *_normed_and_rotated(q, k, *weights, rotation), v
@@ -81,6 +83,15 @@ class Attention(nn.Module):
         q, _ = _normed_and_rotated(q, k, *weights, rotation, own_k)
         own_v.copy_(v)
         return q, *room
+
+    def before_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before they are turned by their positions."""
+        q, k, v = self._projected(x)
+        return self._by_heads(self.norm_q(q.flatten(2))), self._by_heads(self.norm_k(k.flatten(2))), v
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        each = (self.to_q(x), self.to_k(x), self.to_v(x)) if self.joint is None else self.joint(x).chunk(3, dim=-1)
+        return tuple(self._by_heads(part) for part in each)
 
     def _by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1))
@@ -111,7 +122,7 @@ class Block(nn.Module):
             room = None if reading.before is None else reading.before[number]
             q, k, v = self.attn1.in_place(x, reading.rotation, room)
         else:
-            q, (k, v) = self.attn1.queries(x), self.attn1.keys_and_values(x)
+            q, k, v = self.attn1.before_place(x)
             if reading.plain is not None:
                 reading.plain.append((k, v))
             if reading.attention is not None:

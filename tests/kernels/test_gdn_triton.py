@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.kernels.gdn import reference, triton_maps, triton_scan
+from longtake.kernels.gdn import reference, triton_gates, triton_maps, triton_scan
 from longtake.kernels.gdn.triton_maps import FrameMaps
 from longtake.kernels.gdn.triton_read import ReadStates
 from longtake.kernels.gdn.triton_scan import BidirectionalStates, ScanStates
@@ -47,6 +47,23 @@ def weighted(out: Tensor) -> Tensor:
 def error(found: Tensor, true: Tensor) -> float:
     found, true = found.detach().double(), true.detach().double()
     return float((found - true).norm() / true.norm().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("camera", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates(device, dtype, camera):
+    b, t, s, h = 2, 3, 70, 5
+    generator = torch.Generator().manual_seed(0)
+    projected, dt_bias, a_log, inflation = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((b, t * s, 2 * h), (h,), (h,), (b, t * s, h))
+    )
+    dt_bias[0] = 30  # whose softplus is itself
+    given = (3 * projected).to(dtype), t, dt_bias.to(dtype), a_log.to(dtype), 2 * inflation.exp() if camera else None
+    found, true = triton_gates.gates(*given), reference.gates(*given)
+    for ours, theirs in zip(found, true, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", SIZES)

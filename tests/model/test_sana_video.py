@@ -91,7 +91,7 @@ def test_training_starts_close_to_sana_video_and_blind_to_cameras(gdn, video, in
     expected = velocity_of(video, *inputs)
     attention: Any = objective.world_model.get_submodule("blocks.2.attn")
     gates = attention.gates(torch.randn(1, 6, gdn.hidden_size), 3)
-    assert all(torch.allclose(gate, torch.tensor(0.9933), atol=1e-4) for gate in gates)
+    assert all(torch.allclose(gate, torch.tensor(0.9933), atol=1e-4) for gate in gates[:2])
     assert torch.equal(started, blind)
     assert difference(started, expected) < 0.04 < 0.06 < difference(other, expected)
 

@@ -72,3 +72,13 @@ def test_a_stretch_of_a_clip_that_is_too_long_is_refused_wherever_it_lies(config
     model, (latents, timestep, text, mask, _) = model_and_inputs(config)
     with pytest.raises(ValueError, match="exceeds the 1024 positions of this model"):
         model(latents, timestep, text, mask, time_axis=Beginning())
+
+
+@torch.no_grad()
+def test_weights_laid_out_for_kernels_compute_the_same(config):
+    model, inputs = model_and_inputs(config)
+    expected, names = model(*inputs), list(model.state_dict())
+    torch.testing.assert_close(model.lay_out()(*inputs), expected)
+    assert list(model.state_dict()) == names
+    strides = [block.mlp.depth_conv.conv.weight.flatten(1).T.is_contiguous() for block in model.blocks]
+    assert all(strides) and model.blocks[0].attn.conv_k.weight[:, 0].T.is_contiguous()
