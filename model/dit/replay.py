@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.model.capture import captured
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 
@@ -48,15 +49,15 @@ class Replay:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = weights, form, cast, *((x.shape, x.dtype, x.device) for x in inputs)
         with self._one_at_a_time, torch.cuda.device_of(latents), torch.inference_mode(False):
-            captured = self._captured.pop(key, None)
-            if captured is None:
+            known = self._captured.pop(key, None)
+            if known is None:
                 while len(self._captured) >= _MOST_SHAPES:
                     del self._captured[next(iter(self._captured))]  # the one that was used longest ago
                 if self._memory is None:
                     self._memory = torch.cuda.graph_pool_handle()
-                captured = _Captured(self.model, latents, timestep, context, self._memory)
-            self._captured[key] = captured
-            return captured(inputs, context.at.time)
+                known = _Captured(self.model, latents, timestep, context, self._memory)
+            self._captured[key] = known
+            return known(inputs, context.at.time)
 
 
 class _Captured:
@@ -76,10 +77,10 @@ class _Captured:
         keep = time.left is not None
         if keep not in self.graphs:
             self.graphs[keep] = self._capture(keep)
-        graph, output, captured = self.graphs[keep]
+        graph, output, axis = self.graphs[keep]
         graph.replay()
-        if captured.left is not None:
-            time.left = _copy(captured.left)
+        if axis.left is not None:
+            time.left = _copy(axis.left)
         return output.clone()
 
     def _copy_in(self, values: list[Tensor]) -> None:
@@ -93,17 +94,9 @@ class _Captured:
         latents, timestep, context = self.inputs
         time = context.at.time.reading(context.at.time.seen, keep)
         context = dataclasses.replace(context, at=dataclasses.replace(context.at, time=time))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         # Weights that were cast once and kept would stay as they are.
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            with torch.cuda.stream(stream):
-                # Compiles kernels and chooses among them, which nothing may do in a capture.
-                self.model.velocity(latents, timestep, context)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory, stream=stream, capture_error_mode="thread_local"):
-                output = self.model.velocity(latents, timestep, context)
+            graph, output = captured(lambda: self.model.velocity(latents, timestep, context), self.memory)
         return graph, output, time
 
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from longtake.kernels.attention import attend
 from longtake.kernels.float8 import rounded
+from longtake.kernels.norm_rope import Rotation, norm_rope, turned
 from longtake.model.dit.checkpointing import checkpointed
 from longtake.model.float8 import Float8Linear
+from longtake.model.sent import sent
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, (N, H, D / 2) float32
 KeysValues = tuple[Tensor, Tensor]  # (B, N, H, D) each
 
 _EPS = 1e-6
@@ -78,9 +79,9 @@ class Attention(nn.Module):
         q, k, v = self._projected(x)
         weights = self.norm_q.weight, self.norm_k.weight
         if room is None:
-            return *_normed_and_rotated(q, k, *weights, rotation), v
+            return *norm_rope(q, k, *weights, rotation), v
         own_k, own_v = (each[:, -k.shape[1] :] for each in room)
-        q, _ = _normed_and_rotated(q, k, *weights, rotation, own_k)
+        q, _ = norm_rope(q, k, *weights, rotation, own_k)
         own_v.copy_(v)
         return q, *room
 
@@ -188,7 +189,7 @@ class VideoTransformer(nn.Module):
         for is, in seconds and pixels. The first frame stands for one raw frame, others for `stride[0]`.
         """
         half = self.proj_in.out_features // 2
-        begin = torch.tensor(frames, dtype=torch.float32, device=device)
+        begin = sent(torch.tensor(frames, dtype=torch.float32), device)
         seconds = [((begin + end) * stride[0] + 1 - stride[0]).clamp(min=0) / fps for end in (0, 1)]
         axes = [(seconds[0] + seconds[1]) / 2 / _BASE_SECONDS]
         for count, pixels in zip((height, width), stride[1:], strict=True):
@@ -245,24 +246,4 @@ def _gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 @_on_gpus_compiled
 def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     """x (B, N, H, D), the two halves of each head turned as pairs."""
-    return _turned(x.float(), rotation).to(x.dtype)
-
-
-@_on_gpus_compiled
-def _normed_and_rotated(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation, room: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """q and k (B, N, H, D), each over its root mean square of all heads, times its weight (H D), and rotated; k into
-    `room`, if given. In one pass, as the angles are twice the size of either.
-    """
-    q, k = (
-        _turned(F.rms_norm(x.float().flatten(2), w.shape, w.float(), _EPS).view(x.shape), rotation).to(x.dtype)
-        for x, w in ((q, q_weight), (k, k_weight))
-    )
-    return q, k if room is None else room.copy_(k)
-
-
-def _turned(x: Tensor, rotation: Rotation) -> Tensor:
-    cos, sin = rotation
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned(x.float(), rotation).to(x.dtype)

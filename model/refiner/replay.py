@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.model.capture import captured
 from longtake.model.refiner.network import KeysValues, Reading
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -53,7 +54,8 @@ class _Captured:
     def __init__(
         self, velocity: Callable[[Tensor, Tensor, Reading], Tensor], latents: Tensor, reading: Reading, window: int
     ):
-        self.compute, self.graph = velocity, torch.cuda.CUDAGraph()
+        self.compute = velocity
+        self.graph: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self.latents, self.timestep = latents.clone(), latents.new_zeros(len(latents), latents.shape[2])
         assert reading.text_keys is not None
         k, _ = reading.text_keys[0]
@@ -67,7 +69,6 @@ class _Captured:
             before=self.rooms,
         )
         self._text: Any = lambda: None  # whose the text's keys are
-        self.output: Tensor | None = None
 
     def take(self, reading: Reading) -> None:
         """What the next passes read beside their latents."""
@@ -85,20 +86,11 @@ class _Captured:
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         self.latents.copy_(latents)
         self.timestep.copy_(timestep)
-        if self.output is None:
-            self.output = self._capture()
-        self.graph.replay()
-        return self.output.clone()
-
-    def _capture(self) -> Tensor:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Compiles kernels and chooses among them, which nothing may do in a capture.
-            self.compute(self.latents, self.timestep, self.reading)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            return self.compute(self.latents, self.timestep, self.reading)
+        if self.graph is None:
+            self.graph = captured(lambda: self.compute(self.latents, self.timestep, self.reading))
+        graph, output = self.graph
+        graph.replay()
+        return output.clone()
 
 
 def _copies(each: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longtake.model.config import SamplerConfig
+from longtake.model.sent import sent
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -56,7 +57,7 @@ def training_sigma(normal: Tensor, shift: float) -> Tensor:
 def clip_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device | str) -> Tensor:
     """Unit noise (len(seeds), *shape): one CPU generator a clip, so a clip's noise depends on nothing but its seed."""
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(noise).to(device)
+    return sent(torch.stack(noise), device)
 
 
 def frame_timesteps(x: Tensor, sigma: float, frozen_frames: int = 0) -> Tensor:

@@ -9,9 +9,10 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from longtake.kernels.conv_input import triton_conv_input
-from longtake.kernels.gdn import triton_maps, triton_read, triton_scan
+from longtake.kernels.gdn import triton_gates as gdn_gates, triton_maps, triton_read, triton_scan
 from longtake.kernels.glu_conv import triton_glu_conv
 from longtake.kernels.modulate import triton_gates, triton_modulate
+from longtake.kernels.norm_rope import triton_norm_rope
 from longtake.kernels.short_conv import triton_conv
 from longtake.kernels.ucpe import triton_encode
 
@@ -44,10 +45,10 @@ class Launcher:
 
 
 for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_gates, triton_modulate, triton_conv,
-               triton_encode, triton_conv_input):
+               triton_encode, triton_conv_input, triton_norm_rope, gdn_gates):
     launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
                 "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve", "_conv_input"}
+                "_convolve", "_conv_input", "_norm_rope", "_gates"}
     for name in launched & set(vars(module)):
         if isinstance(vars(module)[name], triton.JITFunction):
             setattr(module, name, Launcher(vars(module)[name]))
@@ -85,6 +86,9 @@ back(triton_gates.Gated.apply(tokens[0], frame, *tokens[1:]), triton_gates.Outpu
 video = randn(1, 1024, 2, 3, 4).detach()
 for past, eps in ((None, 1e-8), (video, 1e-8), (video, None)):
     triton_conv_input.conv_input(video, past, 2, (1, 1), eps)
+q, angles = randn(1, 2, 32, 128).detach(), torch.zeros(2, 32, 64, dtype=torch.float32)
+triton_norm_rope.norm_rope(q, q, *randn(2, 4096), (angles, angles), None)
+gdn_gates.gates(randn(1, T * S, 2 * H).detach(), T, *randn(2, H), torch.zeros(1, T * S, H, dtype=torch.float32))
 print(*sorted(set(compiled)))
 """
 
