@@ -13,15 +13,19 @@ __all__ = ["Rotation", "norm_rope", "turned"]
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation, room: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `reference.norm_rope`; k is put into `room` (B, N, H, D), if that is given, and then is it. Triton computes
-    it where `launch.fused` says so and nobody wants a gradient.
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation,
+    room: tuple[Tensor, Tensor] | None = None, v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `reference.norm_rope`; with room (B, N, H, D) for keys and values, k is put there, and then is it, and v is
+    copied. Triton computes it where `launch.fused` says so and nobody wants a gradient.
     """
     if fused(q, k) and not torch.is_grad_enabled():
         from longtake.kernels.norm_rope import triton_norm_rope
 
         with torch.cuda.device_of(q):
-            return triton_norm_rope.norm_rope(q, k, q_weight, k_weight, rotation, room)
+            return triton_norm_rope.norm_rope(q, k, q_weight, k_weight, rotation, room, v)
     q, k = reference.norm_rope(q, k, q_weight, k_weight, rotation)
-    return q, k if room is None else room.copy_(k)
+    if room is None or v is None:
+        return q, k
+    room[1].copy_(v)
+    return q, room[0].copy_(k)

@@ -25,8 +25,9 @@ def _turned(x_ptr, weight_ptr, to_ptr, first, second, inside, cos, sin, size, ep
 
 @triton.jit
 def _norm_rope(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_to_ptr, k_to_ptr, tokens, q_clip, q_token, k_clip,
-    k_token, to_clip, to_token, eps, PAIRS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_to_ptr, k_to_ptr, v_to_ptr, tokens, q_clip,
+    q_token, k_clip, k_token, v_clip, v_token, to_clip, to_token, eps, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, clip = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pair = tl.arange(0, BLOCK)
@@ -39,21 +40,33 @@ def _norm_rope(
             first, second, inside, cos, sin, 2 * PAIRS, eps)  # fmt: skip
     _turned(k_ptr + clip * k_clip + token * k_token, k_weight_ptr, k_to_ptr + clip * to_clip + token * to_token,
             first, second, inside, cos, sin, 2 * PAIRS, eps)  # fmt: skip
+    if v_ptr is not None:
+        from_v, to_v = v_ptr + clip * v_clip + token * v_token, v_to_ptr + clip * to_clip + token * to_token
+        tl.store(to_v + pair, tl.load(from_v + pair, inside), inside)
+        tl.store(to_v + PAIRS + pair, tl.load(from_v + PAIRS + pair, inside), inside)
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation, room: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rotation: Rotation,
+    room: tuple[Tensor, Tensor] | None,
+    v: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As the definition; k into `room`, if given, whose tokens may lie apart."""
+    """As the definition; with room k and v there, whose tokens may lie apart."""
     q, k = (x if _by_token(x) else x.contiguous() for x in (q, k))
+    v = None if room is None or v is None else v if _by_token(v) else v.contiguous()
     (b, n, h, d), (cos, sin) = q.shape, (x.contiguous() for x in rotation)
     q_to = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_to = torch.empty(k.shape, dtype=k.dtype, device=k.device) if room is None else room
-    assert _by_token(k_to)
+    k_to, v_to = (torch.empty(k.shape, dtype=k.dtype, device=k.device), None) if room is None else room
+    assert _by_token(k_to) and (v_to is None or v_to.stride() == k_to.stride())
     pairs = h * d // 2
     _norm_rope[n, b](
-        q, k, q_weight, k_weight, cos, sin, q_to, k_to, n, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        k_to.stride(0), k_to.stride(1), EPS, pairs, d // 2, triton.next_power_of_2(pairs), num_warps=4,
+        q, k, v, q_weight, k_weight, cos, sin, q_to, k_to, v_to, n, *q.stride()[:2], *k.stride()[:2],
+        *(q if v is None else v).stride()[:2], *k_to.stride()[:2], EPS, pairs, d // 2, triton.next_power_of_2(pairs),
+        num_warps=4,
     )  # fmt: skip
     return q_to, k_to
 

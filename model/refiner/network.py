@@ -81,8 +81,7 @@ class Attention(nn.Module):
         if room is None:
             return *norm_rope(q, k, *weights, rotation), v
         own_k, own_v = (each[:, -k.shape[1] :] for each in room)
-        q, _ = norm_rope(q, k, *weights, rotation, own_k)
-        own_v.copy_(v)
+        q, _ = norm_rope(q, k, *weights, rotation, (own_k, own_v), v)
         return q, *room
 
     def before_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +124,7 @@ class Block(nn.Module):
         else:
             q, k, v = self.attn1.before_place(x)
             if reading.plain is not None:
-                reading.plain.append((k, v))
+                reading.plain.append((k, v.contiguous()))
             if reading.attention is not None:
                 return self.attn1.output(reading.attention(q, k, v, reading.rotation))
             q, k = rotated(q, reading.rotation), rotated(k, reading.rotation)

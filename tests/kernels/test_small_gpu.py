@@ -87,7 +87,7 @@ video = randn(1, 1024, 2, 3, 4).detach()
 for past, eps in ((None, 1e-8), (video, 1e-8), (video, None)):
     triton_conv_input.conv_input(video, past, 2, (1, 1), eps)
 q, angles = randn(1, 2, 32, 128).detach(), torch.zeros(2, 32, 64, dtype=torch.float32)
-triton_norm_rope.norm_rope(q, q, *randn(2, 4096), (angles, angles), None)
+triton_norm_rope.norm_rope(q, q, *randn(2, 4096), (angles, angles), (q, q), q)
 gdn_gates.gates(randn(1, T * S, 2 * H).detach(), T, *randn(2, H), torch.zeros(1, T * S, H, dtype=torch.float32))
 print(*sorted(set(compiled)))
 """
