@@ -39,12 +39,11 @@ class Refiner(nn.Module):
         self.replay: Replay | None = None
 
     def replay_rounded(self) -> None:
-        """Of weights in float8, which stay where they are, replay passes over blocks beside a full window, on a GPU.
-        Others keep it busy for longer than a CPU takes to issue them, and replayed ones hold one more window of keys
-        and values.
+        """Of weights in float8, which stay where they are, replay passes over blocks, on a GPU. Others keep it busy for
+        longer than a CPU takes to issue them, and replayed ones hold one more window of keys and values.
         """
-        if any(isinstance(layer, Float8Linear) for layer in self.transformer.modules()):
-            self.replay = Replay(self.velocity, self)
+        rounded = any(isinstance(layer, Float8Linear) for layer in self.transformer.modules())
+        self.replay = Replay(self.velocity, self) if rounded and self.transformer.proj_in.weight.is_cuda else None
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         return self.velocity(latents, timestep, self.reading(latents, text, text_mask))
@@ -202,34 +201,35 @@ class RefinerStream:
     @contextmanager
     def _going_on(self, latents: Tensor) -> Iterator[tuple[Velocity, list[KeysValues]]]:
         """Passes over the block that comes next, and keys and values of what is before it, with room for it."""
-        past, refiner, frames = self.past, self.refiner, latents.shape[2]
-        reading = self._reading(latents)
+        refiner, frames, reading = self.refiner, latents.shape[2], self._reading(latents)
         # The sink moves along, so that it is right before the history.
-        before = past.frames - past.length - SINK
+        before = self.past.frames - self.past.length - SINK
         there = refiner.places(range(before, before + SINK), latents)
         area = latents.shape[3] * latents.shape[4]
-        full = past.length == refiner.window - SINK and frames == refiner.block_size
-        if refiner.replay is not None and full and latents.is_cuda:
-            window = (SINK + past.length + frames) * area
-            with refiner.replay.block(latents, reading, window) as (velocity, rooms):
-                for room, (k, v), history in zip(rooms, past.sink, past.history, strict=True):
-                    _fill(room, [(rotated(k, there), v), history])
-                del past, history
+        if refiner.replay is not None and frames == refiner.block_size and self._text_keys:
+            seen, most = SINK + self.past.length + frames, refiner.window + frames
+            with refiner.replay.block(latents, reading, seen * area, most * area) as (velocity, rooms):
+                for number, room in enumerate(rooms):
+                    _fill(room, self._seen(number, there, self.past.history))
                 yield velocity, rooms
             return
         reading.before = []
-        history = list(past.history)
+        history = list(self.past.history)
         # The history lies in what is made here, too: from there it is read from now on, so that it is held once.
-        self.past = past = replace(past, history=())
+        self.past = replace(self.past, history=())
         try:
-            for number, (k, v) in enumerate(past.sink):
-                parts = [(rotated(k, there), v), *history[number : number + 1]]
-                reading.before.append(_with_room(parts, frames * area))
+            for number in range(len(self.past.sink)):
+                reading.before.append(_with_room(self._seen(number, there, history), frames * area))
                 if history:
                     history[number] = _between(reading.before[-1], SINK * area, frames * area)
         finally:
-            self.past = replace(past, history=tuple(history))
+            self.past = replace(self.past, history=tuple(history))
         yield functools.partial(refiner.velocity, reading=reading), reading.before
+
+    def _seen(self, number: int, there: Rotation, history: Sequence[KeysValues]) -> list[KeysValues]:
+        """What one of the network's blocks sees of the past: the sink, turned, and the history, if there is any."""
+        k, v = self.past.sink[number]
+        return [(rotated(k, there), v), *history[number : number + 1]]
 
     def _keep(self, refined: Tensor, velocity: Velocity, before: list[KeysValues]) -> None:
         past, frames = self.past, refined.shape[2]
