@@ -31,6 +31,10 @@ class Float8Linear(nn.Module):
     (..., D), one layer's outputs after another's, in the dtype that the weights had.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, *layers: Any):
         super().__init__()
         values, scale = rounded(torch.cat([layer.weight.detach().flatten(1) for layer in layers]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from longtake.model.refiner import Refiner
 from longtake.model.refiner.text import RefinerTextEncoder
 from longtake.model.text import build_text_encoder
 from longtake.model.vae import build_vae
+
+Part = TypeVar("Part", bound=nn.Module)
 
 PARTS = ("text", "vae", "dit", "refiner")
 
@@ -34,7 +37,7 @@ def build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn
     return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)
 
 
-def ready(part: nn.Module, dtype: torch.dtype, quantization: float8.Quantization | None = None) -> nn.Module:
+def ready(part: Part, dtype: torch.dtype, quantization: float8.Quantization | None = None) -> Part:
     """A part with final weights, in this dtype, those of large products rounded, and as kernels read them fastest."""
     nn.Module.to(part, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
     if isinstance(part, WorldModel):

@@ -167,6 +167,7 @@ class GDNAttention(DualBranchAttention):
         """Put weights that will not be trained where they are read fastest."""
         self.gates_weight, self.gates_bias = self._of_gates()
         for conv in (self.conv_k, self.conv_k_cam):
+            assert conv is not None
             conv.weight.data = conv.weight.data[:, 0].T.contiguous().T[:, None]
 
     def _of_gates(self) -> tuple[Tensor, Tensor]:

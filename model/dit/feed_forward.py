@@ -42,7 +42,7 @@ class GLUMBConvTemp(nn.Module):
 
     def lay_out(self) -> None:
         """Put weights that will not be trained where they are read fastest."""
-        self.t_conv.to(memory_format=torch.channels_last)
+        self.t_conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         taps = self.depth_conv.conv.weight
         taps.data = taps.data.flatten(1).T.contiguous().T.view(taps.shape)
 

@@ -131,7 +131,8 @@ class Block(nn.Module):
         return self.attn1.output(attend(q, k, v, q.shape[-1] ** -0.5))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        up, down = self.ff.net[0].proj, self.ff.net[2]
+        layers: Any = self.ff.net
+        up, down = layers[0].proj, layers[2]
         return down(rounded(up(x), gelu=True)) if isinstance(down, Float8Linear) else self.ff(x)
 
     def _cross_attention(self, x: Tensor, text: Tensor | None, reading: Reading, number: int) -> Tensor:

@@ -259,7 +259,8 @@ def _between(each: KeysValues, first: int, last: int = 0) -> KeysValues:
 def _with_room(parts: Sequence[KeysValues], tokens: int) -> KeysValues:
     """Keys and values one after another, followed by room for so many tokens."""
     length, (k, v) = sum(k.shape[1] for k, _ in parts), parts[0]
-    room = tuple(x.new_empty(len(x), length + tokens, *x.shape[2:]) for x in (k, v))
+    shape = len(k), length + tokens, *k.shape[2:]
+    room = k.new_empty(shape), v.new_empty(shape)
     _fill(room, parts)
     return room
 

@@ -28,12 +28,12 @@ def test_norm_rope(device, b, n, h, d, dtype, tolerance, into):
     generator = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
     q, k, v = (3 * randn(b, n, 3 * h * d)).to(dtype).unflatten(2, (3 * h, d)).chunk(3, 2)
-    weights, angles = [randn(h * d).to(dtype) for _ in range(2)], randn(n, h, d // 2)
-    rotation = angles.cos(), angles.sin()
+    angles = randn(n, h, d // 2)
+    given = q, k, randn(h * d).to(dtype), randn(h * d).to(dtype), (angles.cos(), angles.sin())
     whole = torch.zeros(2, b, n + 4, h, d, device=device, dtype=dtype)
     room = (whole[0, :, -n:], whole[1, :, -n:]) if into else None
-    found = triton_norm_rope.norm_rope(q, k, *weights, rotation, room, v)
-    for ours, true in zip(found, reference.norm_rope(q, k, *weights, rotation), strict=True):
+    found = triton_norm_rope.norm_rope(*given, room, v)
+    for ours, true in zip(found, reference.norm_rope(*given), strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, true, rtol=tolerance, atol=tolerance)
     if into:

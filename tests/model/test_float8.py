@@ -1,6 +1,7 @@
 """Both stages with factors of their large products in float8."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -82,11 +83,11 @@ def test_a_device_that_does_not_multiply_float8_is_refused_before_weights_load(m
 @pytest.mark.cpu
 def test_a_refiner_whose_blocks_pass_by_may_be_rounded(rounded):
     latents = torch.randn(1, TINY.latent_channels, 4, *TINY.latent_size)
-    given = rounded.encode_refiner_text(["a hall"])
+    text, mask = rounded.encode_refiner_text(["a hall"])
     passing = WorldPipeline.from_pretrained(
         "tiny-streaming", parts=["text", "refiner"], residency="blocks", quantization="fp8"
     )
-    torch.testing.assert_close(passing.refine(latents, *given, [0]), rounded.refine(latents, *given, [0]))
+    torch.testing.assert_close(passing.refine(latents, text, mask, [0]), rounded.refine(latents, text, mask, [0]))
     assert dataclasses.asdict(passing.config) == dataclasses.asdict(rounded.config)
 
 
@@ -106,10 +107,10 @@ class ComputedAgain:
 def test_blocks_of_a_refiner_are_replayed(device, masked, monkeypatch):
     """Of two videos that take turns, and one that goes on from a past of before."""
     spec = dataclasses.replace(TINY.refiner, block_size=3, window=5, num_layers=2)
-    config, device = dataclasses.replace(TINY, refiner=spec), torch.device({"gpu": "cuda"}.get(device, device))
+    config, device = dataclasses.replace(TINY, refiner=spec), torch.device("cuda" if device == "gpu" else "cpu")
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    refiner = parts.ready(Refiner(config), dtype, "fp8").to(device).eval()
+    refiner: Any = parts.ready(Refiner(config), dtype, "fp8").to(device).eval()
     text, mask = torch.randn(2, 1, 16, spec.text_dim, device=device), torch.ones(2, 1, 16, device=device)
     mask[:, :, 9:] = 0 if masked else 1
     latents = torch.randn(2, 16, 1, config.latent_channels, 3, *config.latent_size, device=device)

@@ -1,6 +1,7 @@
 """What the network's options change, and what they do not."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -80,5 +81,6 @@ def test_weights_laid_out_for_kernels_compute_the_same(config):
     expected, names = model(*inputs), list(model.state_dict())
     torch.testing.assert_close(model.lay_out()(*inputs), expected)
     assert list(model.state_dict()) == names
-    strides = [block.mlp.depth_conv.conv.weight.flatten(1).T.is_contiguous() for block in model.blocks]
-    assert all(strides) and model.blocks[0].attn.conv_k.weight[:, 0].T.is_contiguous()
+    blocks: Any = model.blocks
+    assert all(block.mlp.depth_conv.conv.weight.flatten(1).T.is_contiguous() for block in blocks)
+    assert blocks[0].attn.conv_k.weight[:, 0].T.is_contiguous()
