@@ -16,7 +16,7 @@ def test_minutes_and_sessions_are_timed(tmp_path, monkeypatch):
     write = measurements.write
     monkeypatch.setattr(bench_stream.measurements, "write", lambda *args: write(*args, folder=tmp_path))
     few = ["--minutes", "2", "--chunks-a-minute", "3", "--sessions", "2", "--depth", "4", "--name", "here"]
-    bench_stream.main([*few, "--device", "cpu"])
+    bench_stream.main([*few, "--device", "cpu", "--quantization", "fp8"])
     figures = json.loads((tmp_path / "here.json").read_text())["figures"]
     assert figures.pop("slope_ms_per_chunk") is not None
     assert all(figure > 0 for figure in figures.values())

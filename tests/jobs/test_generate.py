@@ -32,6 +32,14 @@ def test_a_video_and_its_poses_are_written(given, capsys):
     assert sorted(file.name for file in out.parent.iterdir()) == ["hall.mp4", "hall.npz"]
 
 
+def test_a_video_may_be_made_in_float8(given, tmp_path):
+    arguments, out = given
+    generate.main([*arguments, "--actions", "w-8"])
+    generate.main([*arguments, "--actions", "w-8", "--quantization", "fp8", "--out", str(tmp_path / "8.mp4")])
+    exact, rounded = (read_video(path).astype(float) for path in (out, tmp_path / "8.mp4"))
+    assert exact.shape == rounded.shape and 0.01 < abs(exact - rounded).mean() < 20
+
+
 def test_what_is_written_so_far_can_be_watched(given, monkeypatch):
     arguments, out = given
     seen = []
