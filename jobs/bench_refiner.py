@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
     if args.frames < SINK + config.refiner.window:
         raise ValueError(f"--frames {args.frames} never fill the window: give at least {SINK + config.refiner.window}")
-    if args.quantization:
-        check(args.device)
+    check(args.quantization, args.device)
     if args.name:
         measurements.check_name(args.name)
     if args.dry_run:

@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         config = dataclasses.replace(config, depth=args.depth)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here, choose --device cpu")
-    if args.quantization:
-        check(args.device)
+    check(args.quantization, args.device)
     if min(args.minutes, args.sessions) < 1 or args.chunks_a_minute < 2:
         raise ValueError("--minutes and --sessions must be at least 1, --chunks-a-minute at least 2")
     if args.name:

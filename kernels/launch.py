@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 _for_a_while: bool | None = None  # what `kernels` says
 _TRITON_HERE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+
+
+# Held by who waits for a whole GPU, and by who captures launches, which does not go together.
+gpu_alone = threading.Lock()
 
 
 def wide(x: Tensor) -> Tensor:

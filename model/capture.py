@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from longtake.kernels.launch import gpu_alone
+
 Made = TypeVar("Made")
-_one_at_a_time = threading.Lock()  # to begin a capture waits for the whole device, which another capture does not allow
 
 
 def captured(compute: Callable[[], Made], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Made]:
@@ -18,12 +19,16 @@ def captured(compute: Callable[[], Made], pool: Any = None) -> tuple[torch.cuda.
 
     It runs once before: that compiles kernels and chooses among them, which nothing may do in a capture.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with _one_at_a_time:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            made = compute()
+    stream, graph = _stream(torch.cuda.current_device()), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    with gpu_alone, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        made = compute()
     return graph, made
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -5,6 +5,7 @@ for each token of the inputs and each output channel of the weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,6 +47,13 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if all(layer.bias is None for layer in layers) else torch.cat(biases))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
+        """Follow a module to a device, and keep every dtype."""
+        device = fn(self.scale).device
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(device))
+        return self
+
     def forward(self, x: Tensor | Rounded) -> Tensor:
         x = x if isinstance(x, Rounded) else rounded(x)
         return float8.linear(x, Rounded(self.weight, self.scale), self.bias, self.dtype)
@@ -70,10 +78,17 @@ def quantize(network: Any) -> None:
 
 
 def _fits(layer: Any) -> bool:
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        raise ValueError(f"a {type(layer).__name__} cannot be rounded to float8: merge adapters before")
     return all(size % float8.CHANNELS == 0 for size in layer.weight.shape[:2])
 
 
-def check(device: str | torch.device) -> None:
-    """ValueError where float8 is not multiplied."""
-    if not float8.multiplies(torch.device(device)):
+def check(quantization: str | None, device: str | torch.device) -> None:
+    """ValueError for a quantization that there is not, or not on this device."""
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization {quantization!r} must be one of {', '.join(QUANTIZATIONS)}, or left out")
+    device = torch.device(device)
+    if quantization and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here: choose the device cpu")
+    if quantization and not float8.multiplies(device):
         raise ValueError("quantization fp8 needs a GPU of compute capability 8.9 (Ada) or above: leave it out here")

@@ -19,6 +19,7 @@ from longtake.model.vae import build_vae
 Part = TypeVar("Part", bound=nn.Module)
 
 PARTS = ("text", "vae", "dit", "refiner")
+ROUNDED = {"dit", "refiner"}  # those with products that a quantization is of
 
 
 def parts_of(config: WorldModelConfig) -> tuple[str, ...]:
@@ -37,6 +38,7 @@ def build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn
     return {"vae": build_vae, "dit": WorldModel, "refiner": Refiner}[part](config)
 
 
+@torch.no_grad()
 def ready(part: Part, dtype: torch.dtype, quantization: float8.Quantization | None = None) -> Part:
     """A part with final weights, in this dtype, those of large products rounded, and as kernels read them fastest."""
     nn.Module.to(part, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32

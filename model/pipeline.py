@@ -22,7 +22,7 @@ from longtake.model.camera import CameraFeatures, Trajectory
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.chunk_causal import chunk_sizes
 from longtake.model.dit.replay import Replay
-from longtake.model.parts import PARTS, build, parts_of, ready
+from longtake.model.parts import PARTS, ROUNDED, build, parts_of, ready
 from longtake.model.refiner import Refiner, RefinerStream, adapters
 from longtake.model.residency import stream_blocks
 from longtake.model.samplers.chunk_flow import chunk_flow_euler, chunk_noise
@@ -93,12 +93,12 @@ class WorldPipeline:
         cannot be saved.
         ValueError before any tensor is read when the folder is missing or holds another preset.
         """
-        if quantization is not None:
-            float8.check(device)
         config = presets.get(preset)
         folder = weights.resolve(config, weights_path)
         config = weights.config_for(config, folder)
         parts = parts_of(config) if parts is None else parts
+        if ROUNDED & set(parts):
+            float8.check(quantization, device)
         modules = {part: build(part, config, folder) for part in parts}
         for part, module in modules.items():
             if part in weights.FOLDERS and not (part == "text" and config.text.kind == "gemma"):

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from longtake.model import float8
 from longtake.model.config import WorldModelConfig
-from longtake.model.parts import ready
+from longtake.model.parts import ROUNDED, ready
 from longtake.model.pipeline import Residency, WorldPipeline
-
-_REFINER_TEXT = 1024  # tokens of a prompt
+from longtake.model.refiner.text import REFINER_TOKENS
 
 
 def random_pipeline(
@@ -25,8 +24,8 @@ def random_pipeline(
     """With these parts and quantization, as of `WorldPipeline.from_pretrained`, in bfloat16 on a GPU, else in float32.
     In place of text encoders, features are random.
     """
-    if quantization is not None:
-        float8.check(device)
+    if ROUNDED & set(parts):
+        float8.check(quantization, device)
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     place = device if residency == "all" else torch.device("cpu")
@@ -36,7 +35,7 @@ def random_pipeline(
         if part == "text":
             modules[part] = _RandomText(config.text.length, config.text_dim, device, dtype)
         elif part == "refiner_text":
-            modules[part] = _RandomText(_REFINER_TEXT, config.refiner.text_dim, device, dtype)
+            modules[part] = _RandomText(REFINER_TOKENS, config.refiner.text_dim, device, dtype)
         else:
             with place:
                 modules |= WorldPipeline.from_config(config, device=place, parts=[part]).modules

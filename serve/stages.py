@@ -35,6 +35,7 @@ from longtake.model.pipeline import WorldPipeline
 from longtake.model.random_weights import random_pipeline
 from longtake.model.refiner import RefinerStream
 from longtake.model.refiner.refiner import SINK
+from longtake.model.refiner.text import REFINER_TOKENS
 from longtake.model.vae import decode_more
 from longtake.platform.engine import Actions, Engine, Session, SessionStopped
 from longtake.platform.evaluate.novelty import describe
@@ -164,8 +165,11 @@ class Refine(Stage):
         first video.
         """
         config = self.pipeline.config
-        text = torch.zeros(1, 1, config.refiner.text_dim, device=self.device, dtype=self.dtype)
-        stream = self.pipeline.refining(text, torch.ones(1, 1, device=self.device), [0])
+        length = REFINER_TOKENS if config.refiner_reads_own_text else config.text.length
+        text = torch.zeros(1, length, config.refiner.text_dim, device=self.device, dtype=self.dtype)
+        real = torch.ones(1, length, device=self.device)
+        real[:, -1] = config.refiner_reads_own_text  # LTX-2's registers take the place of its padding
+        stream = self.pipeline.refining(text, real, [0])
         block = torch.zeros(1, config.latent_channels, config.refiner.block_size or 1, *config.latent_size)
         while stream.past.length < config.refiner.window - SINK:
             list(stream.take(block.to(self.device)))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtake.kernels.attention import float8
+from longtake.kernels.launch import gpu_alone
 
 _HEAD_START = 10_000_000  # cycles that a GPU waits, while the CPU issues the calls that are timed: these may be short
 _LEAST_WORK = 1 << 33  # multiplications below which torch's own choice is not worth questioning
@@ -128,7 +129,7 @@ def _milliseconds(name: str, inputs: list[Tensor], scale: float, backward: bool)
 
 
 def _timed(name: str, inputs: list[Tensor], scale: float, backward: bool) -> float | None:
-    with torch.cuda.device(inputs[0].device), torch.set_grad_enabled(backward):
+    with gpu_alone, torch.cuda.device(inputs[0].device), torch.set_grad_enabled(backward):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
         try:
             for number, event in enumerate(events):

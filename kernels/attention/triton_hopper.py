@@ -328,6 +328,8 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     """(B, N, H, D) of factors with the heads before the tokens."""
     b, h, n, d = q.shape
+    if k.shape[:2] != (b, h):
+        raise ValueError(f"keys of {tuple(k.shape[:2])} clips and heads do not fit queries of {(b, h)}")
     if d * q.element_size() % 16 or d > 128:
         raise ValueError(f"a head of {d} channels is not a multiple of 16 bytes, or above 128: use torch's attention")
     is_float8 = scales is not None

@@ -41,4 +41,4 @@ def linear(x: Rounded, weight: Rounded, bias: Tensor | None, dtype: torch.dtype)
 
 def multiplies(device: torch.device) -> bool:
     """Whether float8 is multiplied there: on the CPU by the definition, on NVIDIA's GPUs from Ada and Hopper on."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cpu" or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,15 +161,21 @@ class GDNAttention(DualBranchAttention):
         self.contractive, self.key_scale = config.contractive_gdn, config.key_scale
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
+        self.gates_weight: Tensor | None
         self.register_buffer("gates_weight", None, persistent=False)
         self.register_buffer("gates_bias", None, persistent=False)
 
+    @torch.no_grad()
     def lay_out(self) -> None:
         """Put weights that will not be trained where they are read fastest."""
         self.gates_weight, self.gates_bias = self._of_gates()
         for conv in (self.conv_k, self.conv_k_cam):
             assert conv is not None
             conv.weight.data = conv.weight.data[:, 0].T.contiguous().T[:, None]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.gates_weight = self.gates_bias = None  # of the weights before
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _of_gates(self) -> tuple[Tensor, Tensor]:
         weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
@@ -179,8 +186,9 @@ class GDNAttention(DualBranchAttention):
         beta; float32.
         """
         # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
-        known = self.gates_weight is not None
-        weight, bias = (self.gates_weight, self.gates_bias) if known else self._of_gates()
+        weight, bias = self.gates_weight, self.gates_bias
+        if weight is None or torch.is_grad_enabled():
+            weight, bias = self._of_gates()
         # Inside an autocast-free region inputs may be lower precision than weights.
         projected = F.linear(x.to(weight.dtype), weight, bias)
         return gates(projected, frames, self.dt_bias, self.A_log, inflation)

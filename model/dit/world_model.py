@@ -219,7 +219,7 @@ class WorldModel(nn.Module):
         self.load_state_dict({name: theirs[name] for name in self.state_dict()})
 
     def lay_out(self) -> WorldModel:
-        """Weights that will not be trained where their kernels read them fastest; returns the network."""
+        """Weights that will not be trained where their kernels read them fastest, without gradients; the network."""
         blocks: Any = self.blocks
         for block in blocks:
             block.mlp.lay_out()

@@ -118,7 +118,7 @@ class Block(nn.Module):
         return _gated(x, gate_m, self._feed_forward(_modulated(x, shift_m, scale_m)))
 
     def _self_attention(self, x: Tensor, reading: Reading, number: int) -> Tensor:
-        if reading.plain is None and reading.attention is None:
+        if reading.plain is None and reading.attention is None and not torch.is_grad_enabled():
             room = None if reading.before is None else reading.before[number]
             q, k, v = self.attn1.in_place(x, reading.rotation, room)
         else:
@@ -203,13 +203,13 @@ class VideoTransformer(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def _on_gpus_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_gpus_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.cache
     def compiled() -> Any:  # not before there is a use for it: that imports the compiler
         return torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
-    def choose(x: Tensor, *others: Any) -> Any:
+    def choose(x: Tensor, *others: Any) -> Tensor:
         return (compiled() if x.is_cuda and not torch.compiler.is_compiling() else function)(x, *others)
 
     return choose

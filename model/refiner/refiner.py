@@ -43,10 +43,10 @@ class Refiner(nn.Module):
         longer than a CPU takes to issue them, and replayed ones hold one more window of keys and values.
         """
         rounded = any(isinstance(layer, Float8Linear) for layer in self.transformer.modules())
-        self.replay = Replay(self.velocity, self) if rounded and self.transformer.proj_in.weight.is_cuda else None
+        self.replay = Replay() if rounded and self.transformer.proj_in.weight.is_cuda else None
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        return self.velocity(latents, timestep, self.reading(latents, text, text_mask))
+        return self.velocity(latents, timestep, self.reading(latents, text, real(text_mask)))
 
     def by_blocks(self, clean: Tensor, noisy: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """As `forward`, for training a refiner of blocks: of `noisy` blocks each as `RefinerStream` sees it after the
@@ -56,7 +56,7 @@ class Refiner(nn.Module):
         frames, area = clean.shape[2], clean.shape[3] * clean.shape[4]
         blocks = Blocks(block_sizes(frames - SINK, self.block_size), self.window, area)
         latents = torch.cat([clean[:, :, : blocks.clean], noisy[:, :, SINK:]], 2)
-        reading = self.reading(latents, text, text_mask)
+        reading = self.reading(latents, text, real(text_mask))
         reading.rotation, reading.attention = self.places(blocks.places, latents), blocks
         timestep = torch.cat([torch.zeros_like(timestep[:, : blocks.clean]), timestep[:, SINK:]], 1)
         velocity = self.velocity(latents, timestep, reading)[:, :, blocks.clean :]
@@ -68,11 +68,10 @@ class Refiner(nn.Module):
         velocity = self.transformer(rearrange(latents, "b c t h w -> b (t h w) c"), timestep, reading)
         return rearrange(velocity, "b (t h w) c -> b c t h w", t=frames, h=height)
 
-    def reading(self, latents: Tensor, text: Tensor, text_mask: Tensor | None, first: int = 0) -> Reading:
+    def reading(self, latents: Tensor, text: Tensor, mask: Tensor | None, first: int = 0) -> Reading:
         """What latents (B, C, T, h, w), whose first frame is number `first` of its video, read of text and places;
-        without a mask all tokens of the text are real.
+        mask: `Reading`'s.
         """
-        mask = None if text_mask is None or text_mask.all() else text_mask.bool()[:, None, None]
         return Reading(text, mask, self.places(range(first, first + latents.shape[2]), latents))
 
     def places(self, frames: Sequence[int], latents: Tensor) -> Rotation:
@@ -89,7 +88,7 @@ class Refiner(nn.Module):
             sizes = [SINK, *block_sizes(latents.shape[2] - SINK, self.block_size)]
             parts = iter(noise.split(sizes, 2)[1:])
             return torch.cat(list(RefinerStream(self, text, text_mask, lambda number, x: next(parts))([latents])), 2)
-        reading = self.reading(latents, text, text_mask)
+        reading = self.reading(latents, text, real(text_mask))
         reading.text_keys = {}
         return self._denoised(latents, noise, functools.partial(self.velocity, reading=reading), SINK)
 
@@ -97,6 +96,11 @@ class Refiner(nn.Module):
         start = (1 - self.sigmas[0]) * latents + self.sigmas[0] * noise
         start[:, :, :frozen] = latents[:, :, :frozen]
         return euler(velocity, start, self.sigmas, frozen)
+
+
+def real(text_mask: Tensor) -> Tensor | None:
+    """What a `Reading` has for a mask (B, L). To know it a CPU waits until the GPU has done all that it was given."""
+    return None if text_mask.all() else text_mask.bool()[:, None, None]
 
 
 def block_sizes(frames: int, size: int) -> list[int]:
@@ -139,8 +143,7 @@ class RefinerStream:
         known: Sequence[Tensor] = (),
     ):
         self.refiner, self.noise, self.past, self.known = refiner, noise, past or RefinerPast(), known
-        # Asked once: for the answer the CPU waits until the GPU has done all that it was given.
-        self._text, self._mask = text, None if text_mask.all() else text_mask
+        self._text, self._mask = text, real(text_mask)
         self._text_keys: dict[int, KeysValues] = {}
         self._waiting: Tensor | None = None
         self._number = 0
@@ -208,7 +211,8 @@ class RefinerStream:
         area = latents.shape[3] * latents.shape[4]
         if refiner.replay is not None and frames == refiner.block_size and self._text_keys:
             seen, most = SINK + self.past.length + frames, refiner.window + frames
-            with refiner.replay.block(latents, reading, seen * area, most * area) as (velocity, rooms):
+            given = latents, reading, self.past.sink[0], seen * area, most * area
+            with refiner.replay.block(refiner, *given) as (velocity, rooms):
                 for number, room in enumerate(rooms):
                     _fill(room, self._seen(number, there, self.past.history))
                 yield velocity, rooms

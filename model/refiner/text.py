@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+REFINER_TOKENS = 1024  # of a prompt, with its padding
 _FILES = ("text_encoder/config.json", "tokenizer/tokenizer_config.json", "connectors/config.json")
 
 
@@ -16,7 +17,7 @@ class RefinerTextEncoder(nn.Module):
     padded on the left.
     """
 
-    def __init__(self, folder: Path, length: int = 1024, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, folder: Path, length: int = REFINER_TOKENS, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         check_refiner_text(folder)
         from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors

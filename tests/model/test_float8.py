@@ -1,5 +1,6 @@
 """Both stages with factors of their large products in float8."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -10,7 +11,7 @@ from longtake.model import float8, parts, presets
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.float8 import Float8Linear, quantize
 from longtake.model.pipeline import WorldPipeline
-from longtake.model.refiner import Refiner, RefinerStream, replay
+from longtake.model.refiner import Refiner, RefinerStream, adapters, replay
 
 TINY = presets.get("tiny-streaming")
 
@@ -63,6 +64,22 @@ def test_what_is_rounded_is_not_saved(rounded, tmp_path):
 
 
 @pytest.mark.cpu
+def test_what_is_rounded_keeps_its_numbers_in_another_dtype_and_in_a_copy(rounded):
+    dit = copy.deepcopy(rounded.modules["dit"]).to(torch.float16)
+    layer, before = (module.get_submodule("blocks.0.attn.joint") for module in (dit, rounded.modules["dit"]))
+    assert layer.weight.dtype == torch.float8_e4m3fn and layer.scale.dtype == torch.float32
+    assert torch.equal(layer.weight.float(), before.weight.float())
+
+
+@pytest.mark.cpu
+def test_adapters_are_merged_before(exact):
+    refiner = copy.deepcopy(exact.modules["refiner"])
+    adapters.attach(refiner.transformer, 4)
+    with pytest.raises(ValueError, match="merge adapters before"):
+        quantize(refiner)
+
+
+@pytest.mark.cpu
 def test_layers_of_other_widths_stay_exact():
     widths = dict(hidden_size=24, num_heads=3, head_dim=8, mlp_ratio=2.0)
     network = WorldModel(dataclasses.replace(TINY, depth=1, **widths))
@@ -73,11 +90,16 @@ def test_layers_of_other_widths_stay_exact():
 
 @pytest.mark.cpu
 def test_a_device_that_does_not_multiply_float8_is_refused_before_weights_load(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="finds no GPU" if not torch.cuda.is_available() else "no weights"):
+        WorldPipeline.from_pretrained("tiny", device="cuda", quantization="fp8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match="compute capability 8.9"):
-        WorldPipeline.from_pretrained("tiny", tmp_path, device="cuda", quantization="fp8")
+        WorldPipeline.from_pretrained("tiny", device="cuda", quantization="fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    float8.check("cuda")
+    float8.check("fp8", "cuda")
+    with pytest.raises(ValueError, match="'int8' must be one of fp8"):
+        WorldPipeline.from_pretrained("tiny", quantization="int8")  # type: ignore[arg-type]
 
 
 @pytest.mark.cpu
@@ -133,7 +155,7 @@ def test_blocks_of_a_refiner_are_replayed(device, masked, monkeypatch):
         assert refiner.replay is None
         again = lambda compute, pool: (made := ComputedAgain(compute), made.output)  # noqa: E731
         monkeypatch.setattr(replay, "captured", again)
-        refiner.replay = replay.Replay(refiner.velocity, refiner)
+        refiner.replay = replay.Replay()
     found = videos()
     assert len(refiner.replay._passes.graphs) == 3  # beside the first frame alone, three more, and a full window
     for ours, true in zip(found, expected, strict=True):

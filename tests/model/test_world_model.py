@@ -1,5 +1,6 @@
 """What the network's options change, and what they do not."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -84,3 +85,9 @@ def test_weights_laid_out_for_kernels_compute_the_same(config):
     blocks: Any = model.blocks
     assert all(block.mlp.depth_conv.conv.weight.flatten(1).T.is_contiguous() for block in blocks)
     assert blocks[0].attn.conv_k.weight[:, 0].T.is_contiguous()
+    other, _ = model_and_inputs(dataclasses.replace(config))
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(*inputs), other(*inputs))
+    assert not copy.deepcopy(model).requires_grad_(False)(*inputs).requires_grad
