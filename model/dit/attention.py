@@ -246,7 +246,8 @@ class SoftmaxAttention(DualBranchAttention):
         if camera is None:
             return out, None
         q, k, v, _ = self.to_rays(camera, at)
-        return out, wide(at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys"))
+        of_camera = at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys")
+        return out, of_camera if of_camera.dtype == x.dtype else wide(of_camera)
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:

@@ -168,11 +168,11 @@ class ChunkCausal(TimeAxis):
         area = q.shape[1] // sum(self.sizes)
         self._leave(part, k, v)
         k, v = self._after_past(part, k, v)
-        outs = []
+        outs: list[Tensor] = []
         for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
             runs = self._seen(chunk, area)
             outs.append(super().attend(queries, _joined(k, runs), _joined(v, runs), scale, dtype))
-        return torch.cat(outs, 1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def _seen(self, by: int, area: int) -> list[tuple[int, int]]:
         """Which of the keys here chunk `by` sees, as runs of tokens: (first, end) each."""
