@@ -54,6 +54,7 @@ class WorldPipeline:
             raise ValueError(f"residency {residency!r} must be one of {', '.join(known)}")
         self.config, self.residency = config, residency
         self.device = torch.device(device)
+        self.compiled: set[torch.Size] = set()  # first frames' shapes that the refiner has met
         self.modules = {name: module.eval().requires_grad_(False) for name, module in modules.items()}
         if residency == "all":
             for module in self.modules.values():

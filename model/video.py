@@ -56,11 +56,12 @@ def make_video(
         yield from _counted(pipeline.decode_chunks(latents), config.vae_stride[0], frames, say)
         return
     parts: Iterator[Tensor] = pipeline.stream(*given, negative=negative)
-    if own is not None and pipeline.device.type == "cuda":
+    if own is not None and pipeline.device.type == "cuda" and start.shape not in pipeline.compiled:
         # What is compiled on the way must be so before another thread runs stage 1: the tracer changes how all modules
         # of the process are called.
         nothing = start.expand(-1, -1, 1 + (config.refiner.block_size or 1), -1, -1)
         list(pipeline.refine_chunks([nothing], *own, [seed]))
+        pipeline.compiled.add(start.shape)
     if own is not None:
         parts = _told(pipeline.refine_chunks(_ahead(parts, pipeline.device), *own, [seed]), frames, say)
     decoded = pipeline.decode_stream(_ahead(parts, pipeline.device))
