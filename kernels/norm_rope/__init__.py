@@ -16,16 +16,17 @@ def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rotation: Rotation,
     room: tuple[Tensor, Tensor] | None = None, v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `reference.norm_rope`; with room (B, N, H, D) for keys and values, k is put there, and then is it, and v is
-    copied. Triton computes it where `launch.fused` says so and nobody wants a gradient.
+    """See `reference.norm_rope`; with room (B, N, H, D) for keys and values, k and v are put there. Triton computes it
+    where `launch.fused` says so and nobody wants a gradient.
     """
+    assert (room is None) == (v is None), "values go where there is room, and only there"
     if fused(q, k) and not torch.is_grad_enabled():
         from longtake.kernels.norm_rope import triton_norm_rope
 
         with torch.cuda.device_of(q):
             return triton_norm_rope.norm_rope(q, k, q_weight, k_weight, rotation, room, v)
     q, k = reference.norm_rope(q, k, q_weight, k_weight, rotation)
-    if room is None or v is None:
+    if room is None or v is None:  # neither
         return q, k
     room[1].copy_(v)
     return q, room[0].copy_(k)

@@ -57,7 +57,7 @@ def norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """As the definition; with room k and v there, whose tokens may lie apart."""
     q, k = (x if _by_token(x) else x.contiguous() for x in (q, k))
-    v = None if room is None or v is None else v if _by_token(v) else v.contiguous()
+    v = v if v is None or _by_token(v) else v.contiguous()
     (b, n, h, d), (cos, sin) = q.shape, (x.contiguous() for x in rotation)
     q_to = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_to, v_to = (torch.empty(k.shape, dtype=k.dtype, device=k.device), None) if room is None else room

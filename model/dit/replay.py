@@ -66,7 +66,7 @@ class _Captured:
     @torch.no_grad()
     def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, memory: Any):
         self.model, self.memory = model, memory
-        self.inputs = latents.clone(), timestep.clone(), _copy(context)
+        self.inputs = latents.clone(), timestep.clone(), copied(context)
         self.buffers = _tensors(self.inputs)
         self.copied: list[Any] = [None] * len(self.buffers)
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor, TimeAxis]] = {}
@@ -80,7 +80,7 @@ class _Captured:
         graph, output, axis = self.graphs[keep]
         graph.replay()
         if axis.left is not None:
-            time.left = _copy(axis.left)
+            time.left = copied(axis.left)
         return output.clone()
 
     def _copy_in(self, values: list[Tensor]) -> None:
@@ -113,16 +113,16 @@ def _tensors(x: Any) -> list[Tensor]:
     return [tensor for part in x for tensor in _tensors(part)] if isinstance(x, list | tuple) else []
 
 
-def _copy(x: Any) -> Any:
+def copied(x: Any) -> Any:
     """The same with tensors of its own."""
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, TimeAxis):
-        return x.reading(_copy(x.seen), keep=False)
+        return x.reading(copied(x.seen), keep=False)
     if isinstance(x, Mapping):
-        return {key: _copy(part) for key, part in x.items()}
+        return {key: copied(part) for key, part in x.items()}
     if isinstance(x, list | tuple):
-        return type(x)(_copy(part) for part in x)
+        return type(x)(copied(part) for part in x)
     if dataclasses.is_dataclass(x):
-        return dataclasses.replace(x, **{f.name: _copy(getattr(x, f.name)) for f in dataclasses.fields(x)})  # type: ignore[type-var]
+        return dataclasses.replace(x, **{f.name: copied(getattr(x, f.name)) for f in dataclasses.fields(x)})  # type: ignore[type-var]
     return x

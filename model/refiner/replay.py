@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.model.capture import captured
+from longtake.model.dit.replay import copied
 from longtake.model.refiner.network import KeysValues, Reading
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -71,12 +72,7 @@ class _Passes:
         k, _ = sink
         new = [k.new_zeros(len(k), most, *k.shape[2:]) for _ in range(2 * len(reading.text_keys))]
         self.rooms: list[KeysValues] = list(zip(new[::2], new[1::2], strict=True))
-        self.reading = replace(
-            reading,
-            mask=None if reading.mask is None else reading.mask.clone(),
-            rotation=_copies(reading.rotation),
-            text_keys={number: _copies(each) for number, each in reading.text_keys.items()},
-        )
+        self.reading = copied(reading)
         self._text: Any = lambda: None  # whose the text's keys are
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle() if latents.is_cuda else None  # of all graphs, which take turns
@@ -107,10 +103,6 @@ class _Passes:
         graph, output = self.graphs[seen]
         graph.replay()
         return output.clone()
-
-
-def _copies(each: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return each[0].clone(), each[1].clone()
 
 
 def _into(buffers: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor]) -> None:
