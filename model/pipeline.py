@@ -7,7 +7,7 @@ Each method is one step, so that a server or a batch job can run the steps on di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,7 +54,7 @@ class WorldPipeline:
             raise ValueError(f"residency {residency!r} must be one of {', '.join(known)}")
         self.config, self.residency = config, residency
         self.device = torch.device(device)
-        self.compiled: set[torch.Size] = set()  # first frames' shapes that the refiner has met
+        self.settled: set[Hashable] = set()  # kinds of videos for which all is compiled, tuned and captured
         self.modules = {name: module.eval().requires_grad_(False) for name, module in modules.items()}
         if residency == "all":
             for module in self.modules.values():

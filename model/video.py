@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.model.camera import Trajectory
+from longtake.model.config import WorldModelConfig
 from longtake.model.pipeline import ImageInput, WorldPipeline
 
+Made = TypeVar("Made")
 Told = Callable[[str, int, int], None]  # stage, how much of it is done, of how much
 
 
@@ -55,17 +58,15 @@ def make_video(
             say("refine", frames, frames)
         yield from _counted(pipeline.decode_chunks(latents), config.vae_stride[0], frames, say)
         return
+    kind = start.shape, own is not None
     parts: Iterator[Tensor] = pipeline.stream(*given, negative=negative)
-    if own is not None and pipeline.device.type == "cuda" and start.shape not in pipeline.compiled:
-        # What is compiled on the way must be so before another thread runs stage 1: the tracer changes how all modules
-        # of the process are called.
-        nothing = start.expand(-1, -1, 1 + (config.refiner.block_size or 1), -1, -1)
-        list(pipeline.refine_chunks([nothing], *own, [seed]))
-        pipeline.compiled.add(start.shape)
     if own is not None:
-        parts = _told(pipeline.refine_chunks(_ahead(parts, pipeline.device), *own, [seed]), frames, say)
-    decoded = pipeline.decode_stream(_ahead(parts, pipeline.device))
-    yield from _counted(decoded, config.vae_stride[0], frames, say)
+        parts = _told(pipeline.refine_chunks(_ahead(parts, pipeline, kind), *own, [seed]), frames, say)
+    decoded = pipeline.decode_stream(_ahead(parts, pipeline, kind))
+    for number, part in enumerate(_counted(decoded, config.vae_stride[0], frames, say), 1):
+        if number == _until_steady(config):
+            pipeline.settled.add(kind)
+        yield part
 
 
 def _streams(pipeline: WorldPipeline, refine: bool) -> bool:
@@ -91,12 +92,46 @@ def _counted(decoded: Iterable[np.ndarray], stride: int, frames: int, say: Told)
         yield part
 
 
-def _ahead(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The parts, of which the next is made meanwhile, on a CUDA stream of its own; off a GPU just the parts."""
-    return _made_ahead(parts, device) if device.type == "cuda" else parts
+def _until_steady(config: WorldModelConfig) -> int:
+    """Parts of a video after which all windows are full, so that the others are computed like the last one."""
+    return max(3 + (config.chunk_window or 0), 2 + math.ceil(config.refiner.window / (config.refiner.block_size or 1)))
 
 
-def _made_ahead(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _ahead(parts: Iterator[Tensor], pipeline: WorldPipeline, kind: Hashable) -> Iterator[Tensor]:
+    """The parts, of which the next is made meanwhile, by a thread and on a CUDA stream of its own; off a GPU just the
+    parts.
+
+    Until videos of its kind are settled they are waited for: while a thread compiles, tunes or captures what it runs,
+    or loads a kernel, no other may be replaying a graph.
+    """
+    device = pipeline.device
+    if device.type != "cuda":
+        yield from parts
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def make() -> tuple[Tensor, Any] | None:
+        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
+            part = next(parts, None)
+            return None if part is None else (part, stream.record_event())
+
+    def received(part: Tensor, event: Any) -> Tensor:
+        here = torch.cuda.current_stream(device)
+        here.wait_event(event)
+        part.record_stream(here)
+        return part
+
+    while kind not in pipeline.settled:
+        if (item := make()) is None:
+            return
+        yield received(*item)
+    for item in _by_a_thread(make):
+        yield received(*item)
+
+
+def _by_a_thread(make: Callable[[], Made | None]) -> Iterator[Made]:
+    """What `make` returns until it is None, one ahead."""
     made: queue.Queue[Any] = queue.Queue(1)
     given_up = threading.Event()
 
@@ -110,13 +145,9 @@ def _made_ahead(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
         return False
 
     def work() -> None:
-        stream = torch.cuda.Stream(device)
         try:
-            with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
-                for part in parts:
-                    if not put((part, stream.record_event())):
-                        return
-            put(None)
+            while put(item := make()) and item is not None:
+                pass
         except BaseException as error:  # raised where the parts are used
             put(error)
 
@@ -126,11 +157,7 @@ def _made_ahead(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
         while (item := made.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            part, event = item
-            here = torch.cuda.current_stream(device)
-            here.wait_event(event)
-            part.record_stream(here)
-            yield part
+            yield item
     finally:
         given_up.set()
         thread.join()
