@@ -22,10 +22,10 @@ _PROGRAMS, _PROGRAMS_BACKWARD = 110, 32  # for the same frames and channels; the
 
 @triton.jit
 def _convolve(
-    x_ptr, taps_ptr, y_ptr, by_ptr, parts_ptr, x_token, by_token, frames, tokens, C: tl.constexpr, K: tl.constexpr,
+    x_ptr, before_ptr, taps_ptr, y_ptr, by_ptr, parts_ptr, x_token, by_token, frames, tokens, C: tl.constexpr, K: tl.constexpr,
     FRAMES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, S, C) from x and taps (K, C), the present frame's last. Backwards, where x is the gradient of y and y
+    """y (B, T, S, C) from x, the K - 1 frames before it, or zeros, and taps (K, C), the present frame's last. Backwards, where x is the gradient of y and y
     that of x, also this program's part (K, C) of the taps' gradient: sums of `by`, the input, times what met a tap.
     """
     reach: tl.constexpr = K - 1
@@ -33,7 +33,8 @@ def _convolve(
     row = tl.arange(0, TOKENS)[:, None]
     chunks = tl.cdiv(frames, FRAMES)
     start = tl.program_id(1) % chunks * FRAMES
-    at = (tl.program_id(1) // chunks).to(tl.int64) * frames + start  # that frame among those of all clips
+    clip = (tl.program_id(1) // chunks).to(tl.int64)
+    at = clip * frames + start  # that frame among those of all clips
     taps, parts = (), (tl.zeros([TOKENS, BLOCK_C], tl.float32),) * K
     for j in tl.static_range(K):
         taps += (tl.load(taps_ptr + (reach - j) * C + c, c < C, 0.0).to(tl.float32)[None, :],)
@@ -45,7 +46,11 @@ def _convolve(
         window = ()
         for i in tl.static_range(FRAMES + 2 * reach):
             t = start + i - reach
-            window += (tl.load(x_at, (t >= 0) & (t < frames) & inside, 0.0).to(tl.float32),)
+            x = tl.load(x_at, (t >= 0) & (t < frames) & inside, 0.0).to(tl.float32)
+            if before_ptr is not None and i < reach:
+                from_before = before_ptr + ((clip * reach + t + reach) * tokens + first) * C + row * C + c
+                x += tl.load(from_before, (t < 0) & inside, 0.0).to(tl.float32)
+            window += (x,)
             x_at += tokens * x_token
         for i in tl.static_range(FRAMES):
             known = (start + i < frames) & inside
@@ -70,34 +75,37 @@ def _convolve(
 
 
 class ShortConv(torch.autograd.Function):
-    """x (B, T, S, C), weight (C, 1, K); y in x's dtype."""
+    """x (B, T, S, C), weight (C, 1, K), before (B, K - 1, S, C), which gets no gradient; y in x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
         x, taps = contiguous_tokens(x), weight[:, 0].to(x.dtype).T.contiguous()
         ctx.save_for_backward(x, taps)
         ctx.weight_dtype = weight.dtype
-        return _launch(x, taps)[0]
+        return _launch(x, taps, before=before)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x, taps = ctx.saved_tensors
         dx, parts = _launch(grad.contiguous(), taps, x)
-        return dx, parts.sum(0).T[:, None].to(ctx.weight_dtype)
+        return dx, parts.sum(0).T[:, None].to(ctx.weight_dtype), None
 
 
-def _launch(x: Tensor, taps: Tensor, by: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x convolved; with `by`, also the parts (programs, K, C) of the taps' gradient."""
+def _launch(
+    x: Tensor, taps: Tensor, by: Tensor | None = None, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x after `before` convolved; with `by`, also the parts (programs, K, C) of the taps' gradient."""
     (b, t, s, c), k = x.shape, len(taps)
     backward = by is not None
-    clips = b * triton.cdiv(t, _FRAMES)
+    frames = min(_FRAMES, t)
+    clips = b * triton.cdiv(t, frames)
     programs = min(_PROGRAMS_BACKWARD if backward else _PROGRAMS, triton.cdiv(s, _TOKENS))
     y = x.new_empty(x.shape)
     parts = torch.empty(clips * programs if backward else 0, k, c, device=x.device)
-    by = x if by is None else by
+    by, before = x if by is None else by, None if before is None else before.contiguous()
     _convolve[triton.cdiv(c, _CHANNELS), clips, programs](
-        x, taps, y, by, parts, x.stride(2), by.stride(2), t, s, c, k, _FRAMES, _TOKENS, _CHANNELS, backward,
+        x, before, taps, y, by, parts, x.stride(2), by.stride(2), t, s, c, k, frames, _TOKENS, _CHANNELS, backward,
         num_warps=_WARPS,
     )  # fmt: skip
     return y, parts

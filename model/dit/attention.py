@@ -62,8 +62,8 @@ class ShortConv(nn.Module):
         x, reach = x.unflatten(1, (at.frames, -1)), self.weight.shape[-1] - 1
         return at.time.around(x, reach, self._over_time, part=part).flatten(1, 2)
 
-    def _over_time(self, x: Tensor, first: int) -> Tensor:
-        return short_conv(x, self.weight)[:, first:]
+    def _over_time(self, x: Tensor, first: int, before: Tensor | None = None) -> Tensor:
+        return short_conv(x, self.weight, before)[:, first:]
 
 
 class DualBranchAttention(nn.Module):

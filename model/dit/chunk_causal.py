@@ -124,10 +124,14 @@ class ChunkCausal(TimeAxis):
 
     def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         assert dim == 1
-        (x,) = self._after_past(part, x)
-        x = self._after_reach(x, reach)
-        self._leave(part, x[:, x.shape[1] - reach :])
-        return self.by_chunk(x, reach, function)
+        (before,) = self.seen.get((self._block, part), (None,))
+        if before is None or len(self.sizes) > 1 or torch.is_grad_enabled():
+            x = self._after_reach(x if before is None else torch.cat([before, x], 1), reach)
+            self._leave(part, x[:, x.shape[1] - reach :])
+            return self.by_chunk(x, reach, function)
+        last = x if x.shape[1] >= reach else torch.cat([before, x], 1)
+        self._leave(part, last[:, last.shape[1] - reach :])
+        return function(x, 0, before)
 
     def by_chunk(self, x: Tensor, reach: int, function: OverTime) -> Tensor:
         """function(x) chunk by chunk, each after the `reach` frames before it: x begins with those of the first chunk,
@@ -189,7 +193,7 @@ class ChunkCausal(TimeAxis):
         return chunk <= by and (self.window is None or chunk == 0 or chunk >= by - self.window)
 
     def _after_past(self, part: str, *own: Tensor) -> tuple[Tensor, ...]:
-        """After what a part of the block sees of the past, if there is any."""
+        """Keys and values after those that a part of the block sees of the past, if there are any."""
         if (before := self.seen.get((self._block, part))) is None:
             return own
         length = own[0].shape[1]

@@ -57,9 +57,11 @@ class GLUMBConvTemp(nn.Module):
         around = time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time, part="t_conv")
         return y.flatten(1, 2), around.flatten(1, 2)
 
-    def _over_time(self, y: Tensor, first: int) -> Tensor:
-        """Of y (B, T, S, C), without a copy of it."""
+    def _over_time(self, y: Tensor, first: int, before: Tensor | None = None) -> Tensor:
+        """Of y (B, T, S, C), without a copy of it unless others are before."""
         reach = self.t_conv.kernel_size[0] // 2
+        if before is not None:
+            y, first = torch.cat([before, y], 1), first + before.shape[1]
         if first < reach or torch.is_grad_enabled():
             return self.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, first:]
         # Of few frames, a product for each tap is faster, and none is computed that is not asked for.

@@ -16,20 +16,19 @@ from longtake.model.dit.positions import RotaryTable
 from longtake.model.state import KEYS, StreamState, Traces, joined
 
 _ROTATED = "main", "main camera"  # states by keys that are rotated
-_STATES = *_ROTATED, "mass"
 
 
 def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Traces:
     """The traces of `past` as a pass over the `frames` latent frames after it reads them; rotary: the network's.
 
-    Those along tokens or frames are followed by room for the pass' own.
+    Keys and values are followed by room for the pass' own.
     """
     found = {}
     for (block, part), trace in past.traces.items():
         turned = _turned(past, trace, part, frames, rotary)
-        if part not in _STATES:
-            per_frame = trace[0].shape[1] // sum(size for _, size, _ in past.kept) if part in KEYS else 1
-            turned = tuple(_with_room(x, per_frame * frames) for x in turned)
+        if part in KEYS:
+            area = trace[0].shape[1] // sum(size for _, size, _ in past.kept)
+            turned = tuple(_with_room(x, area * frames) for x in turned)
         found[block, part] = turned
     return found
 

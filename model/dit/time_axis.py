@@ -15,7 +15,8 @@ from longtake.kernels.attention import attend, attend_float8
 from longtake.kernels.gdn import bidirectional_states
 from longtake.model.state import Traces
 
-OverTime = Callable[[Tensor, int], Tensor]  # of frames of x, from that one on, as far as they are asked for
+# Of frames of x, from that one on, as far as they are asked for; or of x after other frames, which may be given too.
+OverTime = Callable[..., Tensor]
 
 
 class TimeAxis:

@@ -29,3 +29,13 @@ def test_short_conv(device, monkeypatch, sizes, kernel_size, dtype, tolerance):
         assert our.dtype == dtype
         scale = tolerance * their.abs().max().item()
         torch.testing.assert_close(our.float(), their, rtol=tolerance, atol=scale)
+
+
+def test_frames_before_are_convolved_too(device):
+    x = torch.randn(2, 3, 5, 72).to(device, HALF).chunk(3, dim=-1)[1]
+    weight, before = torch.randn(24, 1, 4).to(device, HALF), torch.randn(2, 3, 5, 24).to(device, HALF)
+    with torch.no_grad():
+        found = triton_conv.ShortConv.apply(x, weight, before)
+    true = short_conv(torch.cat([before, x], 1).float(), weight.float())[:, 3:]
+    torch.testing.assert_close(found.float(), true, rtol=1e-2, atol=1e-2 * true.abs().max().item())
+    torch.testing.assert_close(short_conv(x.float(), weight.float(), before.float()), true)
