@@ -60,8 +60,11 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
 def bidirectional_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
     """What every frame reads after a scan in both directions, see `reference.bidirectional_states`."""
     if fused(transition, increment):
-        from longtake.kernels.gdn.triton_scan import BidirectionalStates
+        from longtake.kernels.gdn.triton_scan import BidirectionalStates, summed
 
+        if not torch.is_grad_enabled():
+            with torch.cuda.device_of(transition):
+                return summed(transition, increment, state)
         return apply(BidirectionalStates, transition, increment, state)
     return reference.bidirectional_states(transition, increment, state)
 

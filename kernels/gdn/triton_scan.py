@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from longtake.kernels.launch import padded, roomy
 
 _ROWS, _WARPS = 32, 8
+_STAGES_SUMMED = 1
 # Products of the state are float32's to some 20 bits: what rounding loses, every frame loses again.
 _PRECISION = "tf32x3"
 
@@ -28,8 +29,8 @@ def _carry(
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move `state` through the frames; of its ROWS the first ADDED get increments. If KEEP, of every frame is stored,
-    by READ: the state "after" its map; "before" it; or the state after its increment was "added" and before its
-    transition.
+    by READ: the state "after" its map, or "onto" what is there; "before" it; or the state after its increment was
+    "added" and before its transition.
     """
     square = (d < D)[:, None] & (d < D)[None, :]
     here = (r < ROWS)[:, None] & (d < D)[None, :]
@@ -53,6 +54,8 @@ def _carry(
             state = tl.dot(state, a, u, input_precision=PRECISION)
             if KEEP and READ == "after":
                 tl.store(to, state, here)
+            if KEEP and READ == "onto":
+                tl.store(to, state + tl.load(to, here), here)
     return state
 
 
@@ -95,6 +98,26 @@ def _both_ways(
         state = _carry(transition_ptr, increment_ptr, state, backward_ptr, first, head, heads, frames, r, d, ROWS,
                        ADDED, D, not ADJOINT, ADJOINT, "before", KEEP, PRECISION)  # fmt: skip
     tl.store(end_ptr + edge, state, here)
+
+
+@triton.jit
+def _summed(
+    transition_ptr, increment_ptr, start_ptr, out_ptr, frames, heads, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """States backwards before each frame, and onto them those forwards after it."""
+    clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    here = (r < ROWS)[:, None] & (d < D)[None, :]
+    state = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, ROWS, D, True,
+           False, "before", True, PRECISION)  # fmt: skip
+    tl.debug_barrier()  # another thread may read what one has stored
+    if start_ptr is not None:
+        edge = (clip * heads + head) * ROWS * D + r[:, None] * D + d[None, :]
+        state = tl.load(start_ptr + edge, here, 0.0)
+    _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, ROWS, D,
+           False, False, "onto", True, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -201,6 +224,19 @@ def carry(
         keep, only or 0, _PRECISION, num_warps=_WARPS, num_stages=_stages(increment),
     )  # fmt: skip
     return states, end
+
+
+def summed(transition: Tensor, increment: Tensor, start: Tensor | None) -> Tensor:
+    """`reference.bidirectional_states`, for who wants no gradient."""
+    transition, increment = transition.contiguous(), increment.contiguous()
+    start = None if start is None else start.float().contiguous()
+    b, t, h, rows, d = increment.shape
+    out, block = torch.empty_like(increment), min(_ROWS, padded(rows))
+    _summed[triton.cdiv(rows, block), b * h](
+        transition, increment, start, out, t, h, rows, d, block, padded(d), _PRECISION, num_warps=_WARPS,
+        num_stages=_STAGES_SUMMED,
+    )  # fmt: skip
+    return out
 
 
 def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,17 @@ def test_both_directions(device, sizes):
     same(found, reference.bidirectional_states(*maps), maps, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_both_directions_where_nobody_wants_a_gradient(device, sizes):
+    _, *inputs = tensors(sizes, torch.float32, device)
+    b, _, _, h, d, v = sizes
+    with torch.no_grad():
+        maps = reference.frame_maps(*inputs)
+        for state in (None, torch.randn(b, h, v, d, device=device)):
+            found, true = triton_scan.summed(*maps, state), reference.bidirectional_states(*maps, state)
+            assert error(found, true) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("adjoint", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_both_directions_from_states_of_their_own(device, sizes, adjoint):

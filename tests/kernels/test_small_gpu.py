@@ -48,7 +48,7 @@ for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_ga
                triton_encode, triton_conv_input, triton_norm_rope, gdn_gates):
     launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
                 "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve", "_conv_input", "_norm_rope", "_gates"}
+                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed"}
     for name in launched & set(vars(module)):
         if isinstance(vars(module)[name], triton.JITFunction):
             setattr(module, name, Launcher(vars(module)[name]))
@@ -72,6 +72,7 @@ states = triton_scan.BidirectionalStates.apply(*maps)
 back(triton_read.ReadStates.apply(q, states, k, states[..., 0, :], 1e-8))
 maps, start = [x.detach().requires_grad_() for x in maps], randn(1, H, D, D, dtype=torch.float32)
 back(*triton_scan.ScanStates.apply(*maps, start))
+triton_scan.summed(*maps, start)
 triton_scan.carry(*maps, torch.randn(2, 1, H, 2 * D, D), keep=False)
 for direction in range(2):
     triton_scan.carry(*maps, start.detach()[None], only=direction)
@@ -80,6 +81,7 @@ back(*triton_encode.Encode.apply(x, randn(C), matrix, randn(T * S, D // 4, 2, dt
                                  (True, 1.0, True, False, 1e-5), (True, True)))
 back(triton_glu_conv.GLUConv.apply(randn(T, 4, 8, 6 * C), randn(6 * C, 1, 3, 3), randn(6 * C)))
 back(triton_conv.ShortConv.apply(randn(1, T, S, C), randn(C, 1, 4)))
+triton_conv.ShortConv.apply(randn(1, T, S, C), randn(C, 1, 4), randn(1, 3, S, C).detach())
 tokens, frame = [randn(1, T * S, C) for _ in range(4)], randn(1, T, 1, C)
 back(triton_modulate.Modulate.apply(tokens[0], frame, frame, 1e-6))
 back(triton_gates.Gated.apply(tokens[0], frame, *tokens[1:]), triton_gates.OutputGate.apply(*tokens[:3]))
