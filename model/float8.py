@@ -20,7 +20,7 @@ QUANTIZATIONS = get_args(Quantization)
 # Of a world model's blocks and a refiner's: what every token passes. What is computed once for many steps, the GDN's
 # gates and what sums frames stay exact.
 _LAYERS = re.compile(
-    r"blocks\.\d+\.(attn\.(out_proj_cam|output_gate|proj)|cross_attn\.(q_linear|proj)|mlp\.(inverted|point)_conv\.conv)"
+    r"blocks\.\d+\.(attn\.(out_proj_cam|proj)|cross_attn\.(q_linear|proj)|mlp\.(inverted|point)_conv\.conv)"
     r"|.*transformer_blocks\.\d+\.(attn1\.to_out\.0|attn2\.to_(q|out\.0)|ff\.net\.(0\.proj|2))"
 )
 # Those whose `joint` takes the place of several layers of the same inputs.
@@ -57,11 +57,6 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor | Rounded) -> Tensor:
         x = x if isinstance(x, Rounded) else rounded(x)
         return float8.linear(x, Rounded(self.weight, self.scale), self.bias, self.dtype)
-
-
-def shared(x: Tensor, layer: nn.Module) -> Tensor | Rounded:
-    """What several layers take that are like this one: x, rounded once where they would each round it."""
-    return rounded(x) if isinstance(layer, Float8Linear) else x
 
 
 def quantize(network: Any) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 def short_conv(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
     """A causal kernel run forwards and backwards, its centre counted once (SANA-WM, `k_conv_only`).
 
-    x (B, T, S, C); weight (C, 1, K), the last tap is the present frame. before (B, K - 1, S, C): the frames before x; other
-    frames outside the clip are zero. Same shape and dtype as x. y_t = w_{K-1} x_t + sum_j w_{K-1-j} (x_{t-j} + x_{t+j}).
+    x (B, T, S, C); weight (C, 1, K), the last tap is the present frame; before (B, K - 1, S, C), the frames before x.
+    Other frames outside the clip are zero. Same shape and dtype as x. y_t = w_{K-1} x_t + sum_j w_{K-1-j} (x_{t-j} +
+    x_{t+j}).
     """
     taps = weight[:, 0].to(x.dtype).unbind(1)
     reach, frames = len(taps) - 1, x.shape[1]

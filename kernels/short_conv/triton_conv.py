@@ -22,11 +22,13 @@ _PROGRAMS, _PROGRAMS_BACKWARD = 110, 32  # for the same frames and channels; the
 
 @triton.jit
 def _convolve(
-    x_ptr, before_ptr, taps_ptr, y_ptr, by_ptr, parts_ptr, x_token, by_token, frames, tokens, C: tl.constexpr, K: tl.constexpr,
-    FRAMES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
+    x_ptr, before_ptr, taps_ptr, y_ptr, by_ptr, parts_ptr, x_token, by_token, frames, tokens, C: tl.constexpr,
+    K: tl.constexpr, FRAMES: tl.constexpr, TOKENS: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """y (B, T, S, C) from x, the K - 1 frames before it, or zeros, and taps (K, C), the present frame's last. Backwards, where x is the gradient of y and y
-    that of x, also this program's part (K, C) of the taps' gradient: sums of `by`, the input, times what met a tap.
+    """y (B, T, S, C) from x, the K - 1 frames before it, or zeros, and taps (K, C), the present frame's last.
+
+    Backwards, where x is the gradient of y and y that of x, also this program's part (K, C) of the taps' gradient: sums
+    of `by`, the input, times what met a tap.
     """
     reach: tl.constexpr = K - 1
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -92,9 +94,7 @@ class ShortConv(torch.autograd.Function):
         return dx, parts.sum(0).T[:, None].to(ctx.weight_dtype), None
 
 
-def _launch(
-    x: Tensor, taps: Tensor, by: Tensor | None = None, before: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, taps: Tensor, by: Tensor | None = None, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x after `before` convolved; with `by`, also the parts (programs, K, C) of the taps' gradient."""
     (b, t, s, c), k = x.shape, len(taps)
     backward = by is not None

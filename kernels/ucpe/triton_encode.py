@@ -276,7 +276,7 @@ class Encode(torch.autograd.Function):
         _forward[b * n,](
             x, weight, matrix if matrix is not None else x, rope, plain, encoded, inflation, x.stride(1), n,
             *_matrix_strides(matrix), scale, eps, sign, *sizes, weight is not None, relu, downscale, *wanted,
-            num_warps=4 if matrix is None else 2,
+            num_warps=2,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, matrix, rope)
         ctx.options = options

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.float8 import Rounded
 from longtake.kernels.gdn import frame_maps, gates, maps_of_branches, read
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
 from longtake.kernels.ucpe import encode
 from longtake.model.config import SoftmaxScale, WorldModelConfig
+from longtake.model.dit.joint import Joint
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
-from longtake.model.float8 import shared
 
 
 @dataclass
@@ -69,7 +68,8 @@ class ShortConv(nn.Module):
 class DualBranchAttention(nn.Module):
     """What GDN and softmax attention share: projections, norms, output gate. x (B, N, C) is the modulated input."""
 
-    joined = "qkv", "q_proj_cam", "k_proj_cam", "v_proj_cam"  # whose place `joint` takes, where there is one
+    # Whose place `joint` takes, where there is one.
+    joined = "qkv", "q_proj_cam", "k_proj_cam", "v_proj_cam", "output_gate"
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -106,8 +106,7 @@ class DualBranchAttention(nn.Module):
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        given = shared(x, self.output_gate)
-        main, camera = self._projected(given, at.ray_from_world is not None)
+        main, camera, gate = self._projected(x, at.ray_from_world is not None)
         main = self._heads(main, at, "conv_k")
         camera = None if camera is None else self._heads(camera, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
@@ -116,15 +115,25 @@ class DualBranchAttention(nn.Module):
         if mixed_camera is not None:
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
             from_camera = at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
-        return self.proj(output_gate(mixed.flatten(2), self.output_gate(given), from_camera))
+        return self.proj(output_gate(mixed.flatten(2), gate, from_camera))
 
-    def _projected(self, x: Tensor | Rounded, camera: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """Queries, keys and values of the main branch, and of the camera's, (B, N, C) each."""
-        if self.joint is not None:
-            parts = self.joint(x).chunk(6, dim=-1)
-            return parts[:3], parts[3:] if camera else None
-        main = self.qkv(x).chunk(3, dim=-1)
-        return main, (self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)) if camera else None
+    def _projected(self, x: Tensor, camera: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Tensor]:
+        """Queries, keys and values of the main branch, and of the camera's, and the output gate, (B, N, C) each."""
+        if self.joint is not None and (camera or not isinstance(self.joint, Joint)):
+            *parts, gate = self.joint(x).chunk(7, dim=-1)
+            return tuple(parts[:3]), tuple(parts[3:]) if camera else None, gate
+        of_camera = (self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)) if camera else None
+        return self.qkv(x).chunk(3, dim=-1), of_camera, self.output_gate(x)
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Put weights that will not be trained where they are read fastest."""
+        self.joint = Joint([getattr(self, each) for each in self.joined])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.joint, Joint):
+            self.joint = None  # tensors may be replaced
+        super()._load_from_state_dict(*args, **kwargs)
 
     def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
         """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
@@ -167,7 +176,7 @@ class GDNAttention(DualBranchAttention):
 
     @torch.no_grad()
     def lay_out(self) -> None:
-        """Put weights that will not be trained where they are read fastest."""
+        super().lay_out()
         self.gates_weight, self.gates_bias = self._of_gates()
         for conv in (self.conv_k, self.conv_k_cam):
             assert conv is not None

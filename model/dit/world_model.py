@@ -74,7 +74,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class CrossAttention(nn.Module):
-    """Every token attends to the text: its features (B, L, C), or their keys and values. mask (B, L) bool."""
+    """Every token attends to the text: its features (B, L, C), or their keys and values. mask (B, L): what is added
+    to its scores.
+    """
 
     def __init__(self, size: int, heads: int):
         super().__init__()
@@ -94,7 +96,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         k, v = text if isinstance(text, tuple) else self.keys_and_values(text)
         q = self._heads(self.q_norm(self.q_linear(x)).to(v.dtype))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[:, None, None])
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -223,8 +225,7 @@ class WorldModel(nn.Module):
         blocks: Any = self.blocks
         for block in blocks:
             block.mlp.lay_out()
-            if isinstance(block.attn, GDNAttention):
-                block.attn.lay_out()
+            block.attn.lay_out()
         return self
 
     @property
@@ -295,7 +296,9 @@ class WorldModel(nn.Module):
             at.camera_seen = camera_seen[:, None, None]
         if camera is not None and self.config.reads_plucker:
             plucker = self.plucker_embedder(camera.plucker.to(self.x_embedder.proj.weight.dtype))
-        return Context(tuple(grid), text, text_mask.bool(), at, plucker)  # type: ignore[arg-type]
+        mask = torch.zeros_like(text_mask, dtype=self.x_embedder.proj.weight.dtype)
+        mask.masked_fill_(text_mask == 0, -math.inf)
+        return Context(tuple(grid), text, mask, at, plucker)  # type: ignore[arg-type]
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `forward`, of a context prepared before."""

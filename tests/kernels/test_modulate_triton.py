@@ -96,3 +96,6 @@ def test_tokens_that_are_not_contiguous(tensors):
     inputs = x, gate, y, more_y, plus
     check(Gated.apply(*inputs), reference.gated(*inputs), inputs)
     check(OutputGate.apply(x, y, plus), reference.output_gate(x, y, plus), [x, y, plus])
+    x, y, plus = (tensor.detach() for tensor in (x, y, plus))
+    part = torch.cat([x, y, x], -1).chunk(3, -1)[1]
+    torch.testing.assert_close(OutputGate.apply(x, part, plus), OutputGate.apply(x, y, plus), rtol=0, atol=0)

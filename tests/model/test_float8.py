@@ -35,7 +35,7 @@ def test_the_products_of_all_tokens_are_rounded(rounded):
     layers = {part: [name for name, layer in module.named_modules() if isinstance(layer, Float8Linear)]
               for part, module in rounded.modules.items()}  # fmt: skip
     assert layers["text"] == []
-    assert len(layers["dit"]) == 8 * rounded.config.depth
+    assert len(layers["dit"]) == 7 * rounded.config.depth
     assert len(layers["refiner"]) == 6 * rounded.config.refiner.num_layers
     assert not any(name.endswith(("beta_proj", "kv_linear", "to_k")) and "attn2" in name for name in layers["refiner"])
 
