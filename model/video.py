@@ -101,8 +101,8 @@ def _ahead(parts: Iterator[Tensor], pipeline: WorldPipeline, kind: Hashable) -> 
     """The parts, of which the next is made meanwhile, by a thread and on a CUDA stream of its own; off a GPU just the
     parts.
 
-    Until videos of its kind are settled they are waited for: while a thread compiles, tunes or captures what it runs,
-    or loads a kernel, no other may be replaying a graph.
+    Until videos of its kind are settled they are waited for: while one thread compiles, the tracer changes how others
+    call their modules, and what is timed has the GPU for itself.
     """
     device = pipeline.device
     if device.type != "cuda":

@@ -29,8 +29,8 @@ def _carry(
     KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move `state` through the frames; of its ROWS the first ADDED get increments. If KEEP, of every frame is stored,
-    by READ: the state "after" its map, or "onto" what is there; "before" it; or the state after its increment was
-    "added" and before its transition.
+    by READ: the state "after" its map; "before" it; or the state after its increment was "added" and before its
+    transition.
     """
     square = (d < D)[:, None] & (d < D)[None, :]
     here = (r < ROWS)[:, None] & (d < D)[None, :]
@@ -54,8 +54,6 @@ def _carry(
             state = tl.dot(state, a, u, input_precision=PRECISION)
             if KEEP and READ == "after":
                 tl.store(to, state, here)
-            if KEEP and READ == "onto":
-                tl.store(to, state + tl.load(to, here), here)
     return state
 
 
@@ -105,19 +103,31 @@ def _summed(
     transition_ptr, increment_ptr, start_ptr, out_ptr, frames, heads, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """States backwards before each frame, and onto them those forwards after it."""
+    """Of every frame the state forwards after it and backwards before it, which is nothing for the last one."""
     clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    here = (r < ROWS)[:, None] & (d < D)[None, :]
-    state = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, ROWS, D, True,
-           False, "before", True, PRECISION)  # fmt: skip
+    here, square = (r < ROWS)[:, None] & (d < D)[None, :], (d < D)[:, None] & (d < D)[None, :]
+    row, entry = r[:, None] * D + d[None, :], d[:, None] * D + d[None, :]
+    first, last = clip * frames * heads + head, frames - 1
+    state = tl.load(increment_ptr + (first + last * heads) * ROWS * D + row, here, 0.0)
+    for step in range(1, frames):
+        at = first + (last - step) * heads
+        tl.store(out_ptr + at * ROWS * D + row, state, here)
+        if step < last:
+            a = tl.load(transition_ptr + at * D * D + entry, square, 0.0)
+            u = tl.load(increment_ptr + at * ROWS * D + row, here, 0.0)
+            state = tl.dot(state, a, u, input_precision=PRECISION)
     tl.debug_barrier()  # another thread may read what one has stored
+    state = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     if start_ptr is not None:
-        edge = (clip * heads + head) * ROWS * D + r[:, None] * D + d[None, :]
-        state = tl.load(start_ptr + edge, here, 0.0)
-    _carry(transition_ptr, increment_ptr, state, out_ptr, clip * frames, head, heads, frames, r, d, ROWS, ROWS, D,
-           False, False, "onto", True, PRECISION)  # fmt: skip
+        state = tl.load(start_ptr + (clip * heads + head) * ROWS * D + row, here, 0.0)
+    for t in range(frames):
+        at = first + t * heads
+        a = tl.load(transition_ptr + at * D * D + entry, square, 0.0)
+        u = tl.load(increment_ptr + at * ROWS * D + row, here, 0.0)
+        state = tl.dot(state, a, u, input_precision=PRECISION)
+        later = tl.load(out_ptr + at * ROWS * D + row, here & (t < last), 0.0)
+        tl.store(out_ptr + at * ROWS * D + row, state + later, here)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.model.capture import captured
+from longtake.model.capture import Turns, captured
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import Context, WorldModel
 
@@ -34,7 +34,7 @@ class Replay:
         self.model = model
         self._captured: dict[tuple, _Captured] = {}
         self._one_at_a_time = threading.Lock()  # the buffers are shared
-        self._memory: Any = None  # the graphs', which take turns in it
+        self._turns: Turns | None = None
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
@@ -53,9 +53,8 @@ class Replay:
             if known is None:
                 while len(self._captured) >= _MOST_SHAPES:
                     del self._captured[next(iter(self._captured))]  # the one that was used longest ago
-                if self._memory is None:
-                    self._memory = torch.cuda.graph_pool_handle()
-                known = _Captured(self.model, latents, timestep, context, self._memory)
+                self._turns = self._turns or Turns()
+                known = _Captured(self.model, latents, timestep, context, self._turns)
             self._captured[key] = known
             return known(inputs, context.at.time)
 
@@ -64,8 +63,8 @@ class _Captured:
     """Steps of one shape: those that leave something for later ones, and those that do not."""
 
     @torch.no_grad()
-    def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, memory: Any):
-        self.model, self.memory = model, memory
+    def __init__(self, model: WorldModel, latents: Tensor, timestep: Tensor, context: Context, turns: Turns):
+        self.model, self.turns = model, turns
         self.inputs = latents.clone(), timestep.clone(), copied(context)
         self.buffers = _tensors(self.inputs)
         self.copied: list[Any] = [None] * len(self.buffers)
@@ -96,7 +95,7 @@ class _Captured:
         context = dataclasses.replace(context, at=dataclasses.replace(context.at, time=time))
         # Weights that were cast once and kept would stay as they are.
         with torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            graph, output = captured(lambda: self.model.velocity(latents, timestep, context), self.memory)
+            graph, output = captured(lambda: self.model.velocity(latents, timestep, context), self.turns)
         return graph, output, time
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.model.capture import captured
+from longtake.model.capture import Turns, captured
 from longtake.model.dit.replay import copied
 from longtake.model.refiner.network import KeysValues, Reading
 
@@ -75,7 +75,7 @@ class _Passes:
         self.reading = copied(reading)
         self._text: Any = lambda: None  # whose the text's keys are
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._memory = torch.cuda.graph_pool_handle() if latents.is_cuda else None  # of all graphs, which take turns
+        self._turns: Any = Turns() if latents.is_cuda else None
 
     def rooms_of(self, seen: int) -> list[KeysValues]:
         return [(k[:, -seen:], v[:, -seen:]) for k, v in self.rooms]
@@ -99,7 +99,7 @@ class _Passes:
         if seen not in self.graphs:
             reading = replace(self.reading, before=self.rooms_of(seen))
             compute = functools.partial(refiner.velocity, self.latents, self.timestep, reading)
-            self.graphs[seen] = captured(compute, self._memory)
+            self.graphs[seen] = captured(compute, self._turns)
         graph, output = self.graphs[seen]
         graph.replay()
         return output.clone()
