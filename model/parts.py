@@ -42,8 +42,8 @@ def build(part: str, config: WorldModelConfig, folder: Path | None = None) -> nn
 def ready(part: Part, dtype: torch.dtype, quantization: float8.Quantization | None = None) -> Part:
     """A part with final weights, in this dtype, those of large products rounded, and as kernels read them fastest."""
     nn.Module.to(part, dtype)  # diffusers' own `to` warns, even when nothing is to stay in float32
-    if isinstance(part, WorldModel):
-        part.lay_out()
     if quantization is not None and isinstance(part, WorldModel | Refiner):
         float8.quantize(part)
+    if isinstance(part, WorldModel):
+        part.lay_out()
     return part

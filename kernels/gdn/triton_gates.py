@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def _gates(
-    projected_ptr, dt_bias_ptr, a_log_ptr, inflation_ptr, beta_ptr, decay_ptr, camera_ptr, tokens, heads,
+    projected_ptr, dt_bias_ptr, a_log_ptr, inflation_ptr, beta_ptr, decay_ptr, camera_ptr, row, tokens, heads,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -20,7 +20,7 @@ def _gates(
     for first in range(0, tokens, BLOCK):
         inside = first + s < tokens
         token = frame * tokens + first + s
-        total += tl.load(projected_ptr + (2 * token + 1) * heads + head, inside, 0.0).to(tl.float32)
+        total += tl.load(projected_ptr + token * row + heads + head, inside, 0.0).to(tl.float32)
         if inflation_ptr is not None:
             grown += tl.load(inflation_ptr + token * heads + head, inside, 0.0)
     step = tl.sum(total) / tokens + tl.load(dt_bias_ptr + head).to(tl.float32)
@@ -31,7 +31,7 @@ def _gates(
     for first in range(0, tokens, BLOCK):
         inside = first + s < tokens
         token = frame * tokens + first + s
-        beta = tl.sigmoid(tl.load(projected_ptr + 2 * token * heads + head, inside, 0.0).to(tl.float32))
+        beta = tl.sigmoid(tl.load(projected_ptr + token * row + head, inside, 0.0).to(tl.float32))
         tl.store(beta_ptr + token * heads + head, beta, inside)
         if inflation_ptr is not None:
             tl.store(camera_ptr + token * heads + head, beta / discount, inside)
@@ -46,7 +46,10 @@ def gates(
     decay = torch.empty(b, frames, heads, device=projected.device)
     camera = None if inflation is None else torch.empty_like(beta)
     inflation = None if inflation is None else inflation.contiguous()
+    regular = projected.stride(2) == 1 and (b == 1 or projected.stride(0) == n * projected.stride(1))
+    projected = projected if regular else projected.contiguous()
     _gates[b * frames, heads](
-        projected.contiguous(), dt_bias, a_log, inflation, beta, decay, camera, n // frames, heads, 1024, num_warps=4
-    )
+        projected, dt_bias, a_log, inflation, beta, decay, camera, projected.stride(1), n // frames, heads, 1024,
+        num_warps=4,
+    )  # fmt: skip
     return beta, decay, camera

@@ -106,38 +106,47 @@ class DualBranchAttention(nn.Module):
             nn.init.zeros_(own.bias)
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        main, camera, gate = self._projected(x, at.ray_from_world is not None)
+        main, camera, gate, others = self._projected(x, at.ray_from_world is not None)
         main = self._heads(main, at, "conv_k")
         camera = None if camera is None else self._heads(camera, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
-            mixed, mixed_camera = self.mix(x, main, camera, at)
+            mixed, mixed_camera = self.mix(x, main, camera, at, others)
         from_camera = None
         if mixed_camera is not None:
             mixed_camera, *_ = encode(mixed_camera, at.camera_rope, matrix=at.ray_from_world, inverse_rope=True)
             from_camera = at.seen(self.out_proj_cam(mixed_camera.to(x.dtype).flatten(2)))
         return self.proj(output_gate(mixed.flatten(2), gate, from_camera))
 
-    def _projected(self, x: Tensor, camera: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Tensor]:
-        """Queries, keys and values of the main branch, and of the camera's, and the output gate, (B, N, C) each."""
+    def _projected(
+        self, x: Tensor, camera: bool
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, Tensor, Tensor | None]:
+        """Queries, keys and values of the main branch, and of the camera's, and the output gate, (B, N, C) each; and
+        what else was projected with them, of layers that a subclass puts beside them.
+        """
         if self.joint is not None and (camera or not isinstance(self.joint, Joint)):
-            *parts, gate = self.joint(x).chunk(7, dim=-1)
-            return tuple(parts[:3]), tuple(parts[3:]) if camera else None, gate
+            whole, size = self.joint(x), x.shape[-1]
+            *parts, gate = whole[..., : 7 * size].chunk(7, dim=-1)
+            others = whole[..., 7 * size :] if whole.shape[-1] > 7 * size else None
+            return tuple(parts[:3]), tuple(parts[3:]) if camera else None, gate, others
         of_camera = (self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)) if camera else None
-        return self.qkv(x).chunk(3, dim=-1), of_camera, self.output_gate(x)
+        return self.qkv(x).chunk(3, dim=-1), of_camera, self.output_gate(x), None
 
     @torch.no_grad()
-    def lay_out(self) -> None:
+    def lay_out(self, *beside: nn.Linear) -> None:
         """Put weights that will not be trained where they are read fastest."""
-        self.joint = Joint([getattr(self, each) for each in self.joined])
+        if self.joint is None:
+            self.joint = Joint([*(getattr(self, each) for each in self.joined), *beside])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.joint, Joint):
             self.joint = None  # tensors may be replaced
         super()._load_from_state_dict(*args, **kwargs)
 
-    def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
-        ray coordinates.
+        ray coordinates. others: as of `_projected`.
         """
         raise NotImplementedError
 
@@ -170,39 +179,35 @@ class GDNAttention(DualBranchAttention):
         self.contractive, self.key_scale = config.contractive_gdn, config.key_scale
         self.conv_k = ShortConv(config.hidden_size, config.conv_kernel_size)
         self.conv_k_cam = ShortConv(config.hidden_size, config.conv_kernel_size)
-        self.gates_weight: Tensor | None
-        self.register_buffer("gates_weight", None, persistent=False)
-        self.register_buffer("gates_bias", None, persistent=False)
+        self.joint_gates: Joint | None = None  # where they are not in `joint`
 
     @torch.no_grad()
-    def lay_out(self) -> None:
-        super().lay_out()
-        self.gates_weight, self.gates_bias = self._of_gates()
+    def lay_out(self, *beside: nn.Linear) -> None:
+        gates = self.beta_proj, self.gate_proj
+        self.joint_gates = None if self.joint is None else Joint(gates)
+        super().lay_out(*gates)
         for conv in (self.conv_k, self.conv_k_cam):
             assert conv is not None
             conv.weight.data = conv.weight.data[:, 0].T.contiguous().T[:, None]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.gates_weight = self.gates_bias = None  # of the weights before
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _of_gates(self) -> tuple[Tensor, Tensor]:
-        weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
-        return weight, torch.cat([self.beta_proj.bias, self.gate_proj.bias])
-
-    def gates(self, x: Tensor, frames: int, inflation: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def gates(
+        self, x: Tensor, frames: int, inflation: Tensor | None = None, projected: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """beta (B, T, S, H) a token, decay (B, T, H) a frame, and of keys with an inflation (B, N, H) the camera's
         beta; float32.
         """
         # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
-        weight, bias = self.gates_weight, self.gates_bias
-        if weight is None or torch.is_grad_enabled():
-            weight, bias = self._of_gates()
-        # Inside an autocast-free region inputs may be lower precision than weights.
-        projected = F.linear(x.to(weight.dtype), weight, bias)
+        if projected is None and self.joint_gates is not None:
+            projected = self.joint_gates(x)
+        elif projected is None:
+            weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
+            # Inside an autocast-free region inputs may be lower precision than weights.
+            projected = F.linear(x.to(weight.dtype), weight, torch.cat([self.beta_proj.bias, self.gate_proj.bias]))
         return gates(projected, frames, self.dt_bias, self.A_log, inflation)
 
-    def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = main
         by_frame = lambda tensor: tensor.unflatten(1, (at.frames, -1))  # noqa: E731
         scale = {"tokens": q.shape[-1] * (q.shape[1] // at.frames), "channels": q.shape[-1], "none": 1}[self.key_scale]
@@ -213,7 +218,7 @@ class GDNAttention(DualBranchAttention):
         q_cam = inflation = None
         if camera is not None:
             q_cam, k_cam, v_cam, inflation = self.to_rays(camera, at, relu=True, scale=scale)
-        beta, decay, beta_camera = self.gates(x, at.frames, inflation)
+        beta, decay, beta_camera = self.gates(x, at.frames, inflation, others)
         beta_main = self._bounded(beta, by_frame(k))
         branches = [(by_frame(k_rotated), by_frame(v), beta_main)]
         if beta_camera is not None:
@@ -245,7 +250,9 @@ class SoftmaxAttention(DualBranchAttention):
         self.scale_camera = attention_scale(config.softmax_scale_camera, config.head_dim)
         self.compute_dtype = getattr(torch, config.softmax_dtype)
 
-    def mix(self, x: Tensor, main: tuple, camera: tuple | None, at: Positions) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = main
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
         dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
