@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtake.kernels.attention import float8
-from longtake.kernels.launch import gpu_alone
+from longtake.kernels.launch import fused, gpu_alone
 
 _HEAD_START = 10_000_000  # cycles that a GPU waits, while the CPU issues the calls that are timed: these may be short
 _LEAST_WORK = 1 << 33  # multiplications below which torch's own choice is not worth questioning
@@ -73,6 +73,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if not q.is_cuda or q.element_size() > 2 or q.numel() * k.shape[1] < _LEAST_WORK:
         return _scaled_dot_product(q, k, v, scale)
     return _by_the_fastest(q, k, v, scale)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """softmax(q k^T scale + mask) v: q (B, N, H, D), k and v (B, M, H, D), mask (B, M), all of one dtype. Of few keys,
+    16 bits and no gradient Triton is faster than torch.
+    """
+    if fused(q, k) and q.element_size() == 2 and q.shape[-1] <= 128 and not torch.is_grad_enabled():
+        from longtake.kernels.attention import triton_masked
+
+        with torch.cuda.device_of(q):
+            return triton_masked.attend(q, k, v, scale, mask)
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], scale=scale).transpose(1, 2)
 
 
 def attend_float8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

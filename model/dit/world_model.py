@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.kernels.attention import attend_masked
 from longtake.kernels.modulate import gated, modulate
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
@@ -89,18 +90,18 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(size, 1e-6), RMSNorm(size, 1e-6)
 
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, L, D) each."""
+        """(B, L, H, D) each."""
         k, v = self.kv_linear(text).chunk(2, dim=-1)
         return self._heads(self.k_norm(k).to(v.dtype)), self._heads(v)
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         k, v = text if isinstance(text, tuple) else self.keys_and_values(text)
         q = self._heads(self.q_norm(self.q_linear(x)).to(v.dtype))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)[:, None, None])
-        return self.proj(out.transpose(1, 2).flatten(2))
+        out = attend_masked(q, k, v, q.shape[-1] ** -0.5, mask.to(q.dtype))
+        return self.proj(out.flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1))
 
 
 class Block(nn.Module):

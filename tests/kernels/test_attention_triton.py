@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longtake.kernels.attention import attend_float8, float8, triton_hopper
+from longtake.kernels.attention import attend_float8, attend_masked, float8, triton_hopper, triton_masked
 from longtake.kernels.attention.triton_hopper import Ring
 
 CUDA = torch.cuda.is_available()
@@ -26,6 +26,24 @@ def randn(*sizes, device, dtype, seed):
 
 def error(found, true):
     return float((found.double() - true).norm() / true.norm())
+
+
+@here
+@pytest.mark.parametrize(("n", "m", "h", "d"), [(33, 50, 2, 112), (1, 1, 1, 8), (130, 130, 1, 16)])
+def test_some_keys_are_not_seen(device, n, m, h, d):
+    dtype = torch.bfloat16 if CUDA else torch.float16  # the interpreter is wrong in bfloat16
+    q, v = (randn(2, t, h, d, device=device, dtype=dtype, seed=t) for t in (n, m))
+    k = randn(2, h, m, d, device=device, dtype=dtype, seed=1).transpose(1, 2) + 1
+    mask = torch.zeros(2, m, device=device, dtype=dtype)
+    mask[1, m // 3 :] = -torch.inf
+    mask[0, : m // 2] = -torch.inf  # more than the first tile
+    mask[:, 0] = 0.5
+    true = attend_masked(*(x.double() for x in (q, k, v)), 0.3, mask.double())
+    found = triton_masked.attend(q, k, v, 0.3, mask)
+    assert found.dtype == dtype and error(found, true) < TOLERANCE[dtype]
+    if m > 1:
+        mask[0, : m - 1] = -torch.inf
+        torch.testing.assert_close(triton_masked.attend(q, k, v, 0.3, mask)[0], v[0, -1:].expand(n, -1, -1))
 
 
 @pytest.mark.gpu
