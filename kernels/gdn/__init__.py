@@ -47,6 +47,22 @@ def maps_of_branches(branches: Sequence[tuple[Tensor, Tensor, Tensor]], decay: T
     return torch.cat(transitions), torch.cat(increments)
 
 
+def every_map(
+    branches: Sequence[tuple[Tensor, Tensor, Tensor]], plain: Tensor, decay: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`maps_of_branches`, and `frame_maps` of the normaliser: the first branch's keys before they were rotated,
+    `plain`, and one value channel that is 1.
+    """
+    parts = plain, *(tensor for branch in branches for tensor in branch)
+    square = all(v.shape[-1] == plain.shape[-1] for _, v, _ in branches)
+    if fused(*parts) and plain.element_size() == 2 and square and not torch.is_grad_enabled():
+        from longtake.kernels.gdn import triton_maps
+
+        with torch.cuda.device_of(plain):
+            return triton_maps.every_map(branches, plain, decay)
+    return maps_of_branches(branches, decay), frame_maps(plain, torch.ones_like(plain[..., :1]), branches[0][2], decay)
+
+
 def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
     """The state after every frame, see `reference.scan_states`."""
     if fused(transition, increment):

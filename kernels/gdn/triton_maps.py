@@ -33,38 +33,93 @@ def _forward(
     v_ptr += frame * tokens * v_token + head * v_head
     beta_ptr += frame * tokens * heads + head
     if tl.program_id(2) == 0:
-        erased = _product(
-            k_ptr, k_token, k_ptr, k_token, beta_ptr, heads, tokens, D, BLOCK_D, D, BLOCK_D, BLOCK_S, PRECISION
-        )
-        decay = tl.load(decay_ptr + at)
-        identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
-        square = (d < D)[:, None] & (d < D)[None, :]
-        tl.store(transition_ptr + at * D * D + d[:, None] * D + d[None, :], decay * (identity - erased), square)
+        _transition(
+            k_ptr, k_token, beta_ptr, decay_ptr + at, transition_ptr + at * D * D, heads, tokens, D, BLOCK_D, BLOCK_S,
+            False, PRECISION,
+        )  # fmt: skip
     else:
         c = tl.arange(0, BLOCK_V)
-        written = _product(
-            v_ptr, v_token, k_ptr, k_token, beta_ptr, heads, tokens, V, BLOCK_V, D, BLOCK_D, BLOCK_S, PRECISION
+        written, _ = _product(
+            v_ptr, v_token, k_ptr, k_token, beta_ptr, heads, tokens, V, BLOCK_V, D, BLOCK_D, BLOCK_S, False, PRECISION
         )
         inside = (c < V)[:, None] & (d < D)[None, :]
         tl.store(increment_ptr + at * V * D + c[:, None] * D + d[None, :], written, inside)
 
 
 @triton.jit
+def _every(
+    k_ptr, v_ptr, beta_ptr, k_token, v_token, camera_k_ptr, camera_v_ptr, camera_beta_ptr, camera_k_token,
+    camera_v_token, plain_ptr, plain_token, decay_ptr, transition_ptr, increment_ptr, mass_transition_ptr, mass_ptr,
+    frames, tokens, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The third axis of the grid: the normaliser, whose values are 1, then a program for each map of a branch."""
+    frame, head, which = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    d = tl.arange(0, BLOCK_D)
+    at, offset = frame * heads + head, frame * tokens * heads + head
+    if which == 0:
+        plain_ptr += frame * tokens * plain_token + head * D
+        sums = _transition(
+            plain_ptr, plain_token, beta_ptr + offset, decay_ptr + at, mass_transition_ptr + at * D * D, heads, tokens,
+            D, BLOCK_D, BLOCK_S, True, PRECISION,
+        )  # fmt: skip
+        tl.store(mass_ptr + at * D + d, sums, d < D)
+    else:
+        if which > 2:
+            k_ptr, v_ptr, beta_ptr, k_token, v_token = (
+                camera_k_ptr, camera_v_ptr, camera_beta_ptr, camera_k_token, camera_v_token
+            )  # fmt: skip
+            at += frames * heads
+        k_ptr += frame * tokens * k_token + head * D
+        if which % 2 == 1:
+            _transition(
+                k_ptr, k_token, beta_ptr + offset, decay_ptr + frame * heads + head, transition_ptr + at * D * D,
+                heads, tokens, D, BLOCK_D, BLOCK_S, False, PRECISION,
+            )  # fmt: skip
+        else:
+            v_ptr += frame * tokens * v_token + head * D
+            written, _ = _product(
+                v_ptr, v_token, k_ptr, k_token, beta_ptr + offset, heads, tokens, D, BLOCK_D, D, BLOCK_D, BLOCK_S,
+                False, PRECISION,
+            )  # fmt: skip
+            square = (d < D)[:, None] & (d < D)[None, :]
+            tl.store(increment_ptr + at * D * D + d[:, None] * D + d[None, :], written, square)
+
+
+@triton.jit
+def _transition(
+    k_ptr, k_token, beta_ptr, decay_ptr, out_ptr, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store decay (I - K^T diag(beta) K); the sums of `_product`."""
+    d = tl.arange(0, BLOCK_D)
+    erased, sums = _product(
+        k_ptr, k_token, k_ptr, k_token, beta_ptr, heads, tokens, D, BLOCK_D, D, BLOCK_D, BLOCK_S, SUMS, PRECISION
+    )
+    identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + d[:, None] * D + d[None, :], tl.load(decay_ptr) * (identity - erased), square)
+    return sums
+
+
+@triton.jit
 def _product(
     x_ptr, x_token, k_ptr, k_token, beta_ptr, heads, tokens, X: tl.constexpr, BLOCK_X: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X^T diag(beta) K over a frame's tokens."""
+    """X^T diag(beta) K over a frame's tokens; if SUMS, also of X = 1, else zeros."""
     c, d, s = tl.arange(0, BLOCK_X)[None, :], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_S)[:, None]
-    product = tl.zeros([BLOCK_X, BLOCK_D], tl.float32)
+    product, sums = tl.zeros([BLOCK_X, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, tokens, BLOCK_S):
         token = (start + s).to(tl.int64)
         inside = token < tokens
         x = tl.load(x_ptr + token * x_token + c, inside & (c < X), 0.0)
         k = tl.load(k_ptr + token * k_token + d, inside & (d < D), 0.0)
         beta = tl.load(beta_ptr + token * heads, inside, 0.0)
-        product = tl.dot(tl.trans(x), (k.to(tl.float32) * beta).to(k.dtype), product, input_precision=PRECISION)
-    return product
+        weighted = (k.to(tl.float32) * beta).to(k.dtype)
+        product = tl.dot(tl.trans(x), weighted, product, input_precision=PRECISION)
+        if SUMS:
+            sums += tl.sum(weighted.to(tl.float32), 0)
+    return product, sums
 
 
 @triton.jit
@@ -152,6 +207,35 @@ class FrameMaps(torch.autograd.Function):
             )  # fmt: skip
             found += grads
         return ddecay.sum(0), *found
+
+
+def every_map(
+    branches: Sequence[tuple[Tensor, Tensor, Tensor]], plain: Tensor, decay: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The maps of one or two branches, D channels of values as of keys, and those of the normaliser, by one launch."""
+    (main, *others), (b, t, s, h, d) = branches, plain.shape
+    sets = [_by_token(*branch) for branch in (main, *(others or [main]))]
+    (plain, token), decay = _tokens(plain), decay.contiguous()
+    transition = torch.empty(len(branches) * b, t, h, d, d, device=decay.device)
+    increment, mass_transition = torch.empty_like(transition), torch.empty(b, t, h, d, d, device=decay.device)
+    mass = torch.empty(b, t, h, 1, d, device=decay.device)
+    _every[b * t, h, 1 + 2 * len(branches)](
+        *sets[0], *sets[1], plain, token, decay, transition, increment, mass_transition, mass, b * t, s, h, d,
+        padded(d), tile(s, 2 * padded(d), plain.element_size()), precision(), num_warps=warps(padded(d)),
+    )  # fmt: skip
+    return (transition, increment), (mass_transition, mass)
+
+
+def _by_token(k: Tensor, v: Tensor, beta: Tensor) -> tuple:
+    (k, k_token), (v, v_token) = _tokens(k), _tokens(v)
+    return k, v, beta.float().contiguous(), k_token, v_token
+
+
+def _tokens(x: Tensor) -> tuple[Tensor, int]:
+    """x (B, T, S, H, D) whose heads follow one another, and where the next token is."""
+    x = contiguous_tokens(x)
+    x = x if x.stride(3) == x.shape[4] else x.contiguous()
+    return x, x.stride(2)
 
 
 def _prepared(*branches: Tensor) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn import frame_maps, gates, maps_of_branches, read
+from longtake.kernels.gdn import every_map, gates, read
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
@@ -225,10 +225,8 @@ class GDNAttention(DualBranchAttention):
             beta_camera = self._bounded(beta_camera, by_frame(k_cam))
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
         part = "main" if q_cam is None else "main camera"
-        states = at.time.states(*maps_of_branches(branches, decay), part=part).chunk(len(branches))
-        # The normaliser is the same recurrence with unrotated keys and one value channel that is 1.
-        ones = torch.ones_like(by_frame(k)[..., :1])
-        mass = at.time.states(*frame_maps(by_frame(k), ones, beta_main, decay), part="mass")
+        maps, of_mass = every_map(branches, by_frame(k), decay)
+        states, mass = at.time.states(*maps, part=part).chunk(len(branches)), at.time.states(*of_mass, part="mass")
         out = read(by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2))
         if q_cam is None:
             return out.flatten(1, 2), None

@@ -83,6 +83,20 @@ def test_maps_of_branches_that_share_a_decay(device, roomy, monkeypatch):
     same(FrameMaps.apply(decay, *first, *second), true, [decay, *first, *second], TOLERANCE[DTYPES[1]])
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+def test_every_map_by_one_launch(device, branches):
+    given = [tensors((2, 3, 70, 2, 24, 24), DTYPES[1], device, seed)[1:] for seed in range(branches)]
+    plain, decay = tensors((2, 3, 70, 2, 24, 24), DTYPES[1], device, 5)[0] / 40, given[0][3]
+    with torch.no_grad():
+        kept = [(k, v, beta) for k, v, beta, _ in given]
+        (transition, increment), mass = triton_maps.every_map(kept, plain, decay)
+        for number, branch in enumerate(kept):
+            for found, true in zip((transition, increment), reference.frame_maps(*branch, decay), strict=True):
+                assert error(found[2 * number :][:2], true) < TOLERANCE[DTYPES[1]]
+        true = reference.frame_maps(plain, torch.ones_like(plain[..., :1]), kept[0][2], decay)
+        assert all(error(*pair) < TOLERANCE[DTYPES[1]] for pair in zip(mass, true, strict=True))
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_the_scan_from_a_state_to_a_state(device, sizes):
     _, *inputs = tensors(sizes, torch.float32, device)
