@@ -112,3 +112,10 @@ def contiguous_tokens(x: Tensor) -> Tensor:
     token = x.stride(2)
     regular = x.stride(-1) == 1 and (t == 1 or x.stride(1) == s * token) and (b == 1 or x.stride(0) == t * s * token)
     return x if regular else x.contiguous()
+
+
+def by_token(x: Tensor) -> tuple[Tensor, int]:
+    """x (B, T, S, H, D), copied unless heads follow one another and tokens lie evenly; and how far these are apart."""
+    x = contiguous_tokens(x)
+    x = x if x.stride(3) == x.shape[4] else x.contiguous()
+    return x, x.stride(2)

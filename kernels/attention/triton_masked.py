@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtake.kernels.launch import padded
 
-_QUERIES, _KEYS, _WARPS, _STAGES = 128, 64, 8, 2
+_QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 3
 
 
 @triton.jit

@@ -121,3 +121,15 @@ def read(
 
         return apply(ReadStates, q, states, plain, mass, eps)
     return reference.read(q, states, plain, mass, eps)
+
+
+def read_both(
+    main: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor, states: Tensor, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """`read` of the main branch (q, states, plain, mass) and of the camera's, which has no normaliser."""
+    if fused(*main, q, states) and q.element_size() == 2 and not torch.is_grad_enabled():
+        from longtake.kernels.gdn import triton_read
+
+        with torch.cuda.device_of(q):
+            return triton_read.read_both(main, q, states, eps)
+    return read(*main, eps), read(q, states)

@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision, roomy, tile, warps
+from longtake.kernels.launch import by_token, contiguous_tokens, padded, precision, roomy, tile, warps
+
+_WARPS_OF_EVERY = 4  # each has one matrix in registers, not two
 
 
 @triton.jit
@@ -214,28 +216,21 @@ def every_map(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The maps of one or two branches, D channels of values as of keys, and those of the normaliser, by one launch."""
     (main, *others), (b, t, s, h, d) = branches, plain.shape
-    sets = [_by_token(*branch) for branch in (main, *(others or [main]))]
-    (plain, token), decay = _tokens(plain), decay.contiguous()
+    sets = [_branch(*branch) for branch in (main, *(others or [main]))]
+    (plain, token), decay = by_token(plain), decay.contiguous()
     transition = torch.empty(len(branches) * b, t, h, d, d, device=decay.device)
     increment, mass_transition = torch.empty_like(transition), torch.empty(b, t, h, d, d, device=decay.device)
     mass = torch.empty(b, t, h, 1, d, device=decay.device)
     _every[b * t, h, 1 + 2 * len(branches)](
         *sets[0], *sets[1], plain, token, decay, transition, increment, mass_transition, mass, b * t, s, h, d,
-        padded(d), tile(s, 2 * padded(d), plain.element_size()), precision(), num_warps=warps(padded(d)),
+        padded(d), tile(s, 2 * padded(d), plain.element_size()), precision(), num_warps=_WARPS_OF_EVERY,
     )  # fmt: skip
     return (transition, increment), (mass_transition, mass)
 
 
-def _by_token(k: Tensor, v: Tensor, beta: Tensor) -> tuple:
-    (k, k_token), (v, v_token) = _tokens(k), _tokens(v)
+def _branch(k: Tensor, v: Tensor, beta: Tensor) -> tuple:
+    (k, k_token), (v, v_token) = by_token(k), by_token(v)
     return k, v, beta.float().contiguous(), k_token, v_token
-
-
-def _tokens(x: Tensor) -> tuple[Tensor, int]:
-    """x (B, T, S, H, D) whose heads follow one another, and where the next token is."""
-    x = contiguous_tokens(x)
-    x = x if x.stride(3) == x.shape[4] else x.contiguous()
-    return x, x.stride(2)
 
 
 def _prepared(*branches: Tensor) -> Iterator[Tensor]:

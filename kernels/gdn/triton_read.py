@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longtake.kernels.launch import contiguous_tokens, padded, precision, roomy, tile, warps
+from longtake.kernels.launch import by_token, contiguous_tokens, padded, precision, roomy, tile, warps
 
 _WARPS, _TOKENS = 4, 32  # of the forward pass: of a program, and of a tile at most
 _PROGRAMS = 512  # that a device is worth; where frames and heads are fewer, a frame's tokens are divided
@@ -45,6 +45,37 @@ def _forward(
             out /= tl.sum(plain.to(tl.float32) * mass[None, :], 1)[:, None] + eps
         to = out_ptr + (token * heads + head) * V + c[None, :]
         tl.store(to, out.to(out_ptr.dtype.element_ty), inside & (c < V)[None, :])
+
+
+@triton.jit
+def _both(
+    q_ptr, plain_ptr, camera_q_ptr, state_ptr, camera_state_ptr, mass_ptr, out_ptr, camera_out_ptr, stretch, q_token,
+    plain_token, camera_q_token, tokens, frames, heads, eps: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first axis of the grid: the frames of the main branch, normalised, and then the camera's."""
+    frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+    camera = frame >= frames
+    if camera:
+        frame -= frames
+        q_ptr, q_token, state_ptr, out_ptr = camera_q_ptr, camera_q_token, camera_state_ptr, camera_out_ptr
+    at = frame * heads + head
+    square = (d < D)[:, None] & (d < D)[None, :]
+    state = tl.load(state_ptr + at * D * D + d[:, None] * D + d[None, :], square, 0.0)
+    state = tl.trans(state.to(q_ptr.dtype.element_ty))
+    mass = tl.load(mass_ptr + at * D + d, d < D, 0.0)
+    first = tl.program_id(2) * stretch
+    for start in range(first, min(first + stretch, tokens), BLOCK_S):
+        token = (frame * tokens + start + s)[:, None]
+        inside = (start + s < tokens)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + token * q_token + head * D + d[None, :], inside, 0.0)
+        out = tl.dot(q, state, input_precision=PRECISION)
+        if not camera:
+            plain = tl.load(plain_ptr + token * plain_token + head * D + d[None, :], inside, 0.0).to(tl.float32)
+            out /= tl.sum(plain * mass[None, :], 1)[:, None] + eps
+        to = out_ptr + (token * heads + head) * D + d[None, :]
+        tl.store(to, out.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -120,6 +151,25 @@ class ReadStates(torch.autograd.Function):
             num_stages=2,
         )  # fmt: skip
         return dq, dstates, dplain, dmass, None
+
+
+def read_both(
+    main: tuple[Tensor, Tensor, Tensor, Tensor], camera_q: Tensor, camera_states: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As the definition, by one launch: heads of q and plain (B, T, S, H, D) follow one another, states are square."""
+    q, states, plain, mass = main
+    b, t, s, h, d = q.shape
+    (q, token), (plain, plain_token), (camera_q, camera_token) = (by_token(x) for x in (q, plain, camera_q))
+    out, camera_out = (torch.empty(b, t, s, h, d, dtype=q.dtype, device=q.device) for _ in range(2))
+    block_s = min(_TOKENS, tile(s, 2 * padded(d), q.element_size()))
+    stretches = max(1, min(triton.cdiv(s, block_s), _PROGRAMS // (b * t * h)))
+    stretch = triton.cdiv(triton.cdiv(s, stretches), block_s) * block_s
+    _both[2 * b * t, h, triton.cdiv(s, stretch)](
+        q, plain, camera_q, states.contiguous(), camera_states.contiguous(), mass.contiguous(), out, camera_out,
+        stretch, token, plain_token, camera_token, s, b * t, h, eps, d, padded(d), block_s, precision(),
+        num_warps=_WARPS,
+    )  # fmt: skip
+    return out, camera_out
 
 
 def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: int) -> tuple:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from longtake.kernels.launch import padded, roomy
 
 _ROWS, _WARPS = 32, 8
-_STAGES_SUMMED = 1
+_ROWS_SUMMED = 16
 # Products of the state are float32's to some 20 bits: what rounding loses, every frame loses again.
 _PRECISION = "tf32x3"
 
@@ -241,10 +241,10 @@ def summed(transition: Tensor, increment: Tensor, start: Tensor | None) -> Tenso
     transition, increment = transition.contiguous(), increment.contiguous()
     start = None if start is None else start.float().contiguous()
     b, t, h, rows, d = increment.shape
-    out, block = torch.empty_like(increment), min(_ROWS, padded(rows))
-    _summed[triton.cdiv(rows, block), b * h](
-        transition, increment, start, out, t, h, rows, d, block, padded(d), _PRECISION, num_warps=_WARPS,
-        num_stages=_STAGES_SUMMED,
+    out = torch.empty_like(increment)
+    _summed[triton.cdiv(rows, _ROWS_SUMMED), b * h](
+        transition, increment, start, out, t, h, rows, d, _ROWS_SUMMED, padded(d), _PRECISION, num_warps=_WARPS,
+        num_stages=1,
     )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longtake.kernels.launch import apply, fused
@@ -15,6 +16,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
         return apply(Modulate, x, _of_clips(shift, x), _of_clips(scale, x), reference.EPS)
     return reference.modulate(x, shift, scale)
+
+
+def add_and_modulate(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + y, and that modulated."""
+    if fused(x) and not torch.is_grad_enabled():
+        from longtake.kernels.modulate import triton_modulate
+
+        with torch.cuda.device_of(x):
+            return triton_modulate.add_and_modulate(x, y, _of_clips(shift, x), _of_clips(scale, x), reference.EPS)
+    x = x + y
+    return x, modulate(x, shift, scale)
 
 
 def gated(x: Tensor, gate: Tensor, y: Tensor, more_y: Tensor | None = None, plus: Tensor | None = None) -> Tensor:

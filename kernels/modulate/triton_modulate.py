@@ -36,10 +36,12 @@ def _add(a, b, c, d):
 
 @triton.jit
 def _modulate(
-    x_ptr, shift_ptr, scale_ptr, out_ptr, mean_ptr, rstd_ptr, tokens, shift_row, scale_row, eps, C: tl.constexpr,
-    HEAD: tl.constexpr, TAIL: tl.constexpr,
+    x_ptr, y_ptr, shift_ptr, scale_ptr, sum_ptr, out_ptr, mean_ptr, rstd_ptr, tokens, shift_row, scale_row, eps,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """out, and the statistics that the backward pass needs: mean and 1 / standard deviation, float32."""
+    """out, and the statistics that the backward pass needs: mean and 1 / standard deviation, float32. With y, of x + y,
+    which is stored too, and the statistics are not.
+    """
     number = tl.program_id(0)
     token, frame = number.to(tl.int64), (number // tokens).to(tl.int64)
     head, tail = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
@@ -47,6 +49,10 @@ def _modulate(
     shift_ptr += frame * shift_row
     scale_ptr += frame * scale_row
     h, t = load(x_ptr + token * C, head, whole), load(x_ptr + token * C, tail, part)
+    if y_ptr is not None:
+        h, t = h + load(y_ptr + token * C, head, whole), t + load(y_ptr + token * C, tail, part)
+        store(sum_ptr + token * C, head, h, whole)
+        store(sum_ptr + token * C, tail, t, part)
     mean = (tl.sum(h) + tl.sum(t)) / C
     h, t = h - mean, tl.where(part, t - mean, 0.0)
     rstd = tl.rsqrt((tl.sum(h * h) + tl.sum(t * t)) / C + eps)
@@ -54,8 +60,9 @@ def _modulate(
     t *= rstd * (1 + load(scale_ptr, tail, part))
     store(out_ptr + token * C, head, h + load(shift_ptr, head, whole), whole)
     store(out_ptr + token * C, tail, t + load(shift_ptr, tail, part), part)
-    tl.store(mean_ptr + token, mean)
-    tl.store(rstd_ptr + token, rstd)
+    if y_ptr is None:
+        tl.store(mean_ptr + token, mean)
+        tl.store(rstd_ptr + token, rstd)
 
 
 @triton.jit
@@ -106,8 +113,8 @@ class Modulate(torch.autograd.Function):
         out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, scale.dtype))
         mean, rstd = torch.empty(2, b, n, device=x.device)
         _modulate[b * n,](
-            x, shift_rows, scale_rows, out, mean, rstd, n // shift.shape[1], shift_rows.stride(0), scale_rows.stride(0),
-            eps, c, *_halves(c), num_warps=_warps(c, _CHANNELS_OF_WARP[0]),
+            x, None, shift_rows, scale_rows, None, out, mean, rstd, n // shift.shape[1], shift_rows.stride(0),
+            scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c, _CHANNELS_OF_WARP[0]),
         )  # fmt: skip
         ctx.save_for_backward(x, scale_rows, mean, rstd)
         ctx.shape, ctx.dtypes = shift.shape, (shift.dtype, scale.dtype)
@@ -131,6 +138,19 @@ class Modulate(torch.autograd.Function):
             return dx, None, None, None
         rows = zip(sums.sum(1).unbind(1), ctx.dtypes, strict=True)
         return dx, *(row.view(ctx.shape).to(dtype) for row, dtype in rows), None
+
+
+def add_and_modulate(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the definition, for who wants no gradient."""
+    x, y, shift_rows, scale_rows = x.contiguous(), y.contiguous(), frame_rows(shift), frame_rows(scale)
+    b, n, c = x.shape
+    total = torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
+    out = torch.empty_like(x, dtype=torch.promote_types(total.dtype, scale.dtype))
+    _modulate[b * n,](
+        x, y, shift_rows, scale_rows, total, out, None, None, n // shift.shape[1], shift_rows.stride(0),
+        scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c, _CHANNELS_OF_WARP[0]),
+    )  # fmt: skip
+    return total, out
 
 
 def frame_rows(modulation: Tensor) -> Tensor:

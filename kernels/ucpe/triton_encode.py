@@ -263,14 +263,21 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, matrix: Tensor | None, rope: Tensor, options: tuple, wanted: tuple
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        matrix: Tensor | None,
+        rope: Tensor,
+        options: tuple,
+        wanted: tuple,
+        into: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
         x, rope = _rows(x), rope.contiguous()
         b, n, h, d = x.shape
         relu, scale, downscale, inverse, eps = options
         plain = x.new_empty(x.shape) if wanted[0] else None
-        encoded = x.new_empty(x.shape)
+        encoded = x.new_empty(x.shape) if into is None else into
         inflation = torch.empty(b, n, h, device=x.device) if wanted[1] else None
         sizes, sign = _sizes(x, matrix), -1.0 if inverse else 1.0
         _forward[b * n,](
@@ -298,7 +305,7 @@ class Encode(torch.autograd.Function):
             *_matrix_strides(matrix), scale, eps, sign, *sizes, weight is not None, relu, downscale,
             *(grad is not None for grad in grads), num_warps=_BACKWARD_WARPS,
         )  # fmt: skip
-        return dx, None if weight is None else parts.sum(0).to(weight.dtype), None, None, None, None  # type: ignore[union-attr]
+        return dx, None if weight is None else parts.sum(0).to(weight.dtype), *(None,) * 5  # type: ignore[union-attr]
 
 
 def _rows(x: Tensor) -> Tensor:

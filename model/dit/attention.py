@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.kernels.gdn import every_map, gates, read
+from longtake.kernels.gdn import every_map, gates, read, read_both
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
@@ -157,17 +157,17 @@ class DualBranchAttention(nn.Module):
         return tuple(tensor.unflatten(-1, (self.heads, -1)) for tensor in (q, k, v))  # type: ignore[return-value]
 
     def to_rays(
-        self, camera: tuple, at: Positions, relu: bool = False, scale: float = 1.0
+        self, camera: tuple, at: Positions, relu: bool = False, scale: float = 1.0, into: tuple = (None, None)
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values in the coordinates of their rays, (B, N, H, D), and the keys' inflation (B, N, H):
-        squared growth of their norms under UCPE.
+        squared growth of their norms under UCPE. into: memory for keys and values.
         """
         assert at.ray_from_world is not None and at.world_from_ray is not None
         (q, k, v), queries, keys = camera, self.q_norm_cam.weight, self.k_norm_cam.weight
         there, back, rope, down = at.ray_from_world, at.world_from_ray, at.camera_rope, self.ucpe_downscale
         q, *_ = encode(q, rope, queries, there.transpose(-1, -2), relu, downscale=down)
-        k, _, inflation = encode(k, rope, keys, back, relu, scale, down, inflation=True)
-        v, *_ = encode(v, rope, matrix=back, downscale=down)
+        k, _, inflation = encode(k, rope, keys, back, relu, scale, down, inflation=True, into=into[0])
+        v, *_ = encode(v, rope, matrix=back, downscale=down, into=into[1])
         return q, k, v, inflation  # type: ignore[return-value]
 
 
@@ -227,10 +227,10 @@ class GDNAttention(DualBranchAttention):
         part = "main" if q_cam is None else "main camera"
         maps, of_mass = every_map(branches, by_frame(k), decay)
         states, mass = at.time.states(*maps, part=part).chunk(len(branches)), at.time.states(*of_mass, part="mass")
-        out = read(by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2))
+        given = by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2)
         if q_cam is None:
-            return out.flatten(1, 2), None
-        return out.flatten(1, 2), read(by_frame(q_cam), states[1]).flatten(1, 2)
+            return read(*given).flatten(1, 2), None
+        return tuple(out.flatten(1, 2) for out in read_both(given, by_frame(q_cam), states[1]))
 
     def _bounded(self, beta: Tensor, k: Tensor) -> Tensor:
         """beta (B, T, S, H) such that I - K^T diag(beta) K of keys (B, T, S, H, D) has no eigenvalue outside [0, 1]."""
@@ -255,11 +255,11 @@ class SoftmaxAttention(DualBranchAttention):
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
         dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
         q, *_ = encode(q, at.rope, self.q_norm.weight)
-        k, *_ = encode(k, at.rope, self.k_norm.weight)
+        k, *_ = encode(k, at.rope, self.k_norm.weight, into=at.time.rooms("keys", k.shape[1])[0])
         out = at.time.attend(q, k, v, self.scale_main, dtype, part="keys")
         if camera is None:
             return out, None
-        q, k, v, _ = self.to_rays(camera, at)
+        q, k, v, _ = self.to_rays(camera, at, into=at.time.rooms("camera keys", x.shape[1]))
         of_camera = at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys")
         return out, of_camera if of_camera.dtype == x.dtype else wide(of_camera)
 

@@ -96,9 +96,16 @@ class ChunkCausal(TimeAxis):
         """
         if at[1] not in KEYS:
             return trace
-        area, before = trace[0].shape[1] // sum(self.sizes), self.past.traces.get(at)
-        whole = trace if before is None else (torch.cat(pair, 1) for pair in zip(before, trace, strict=True))
-        return tuple(_joined(x, self._seen(ahead, area)).clone() for x in whole)
+        before = self.past.traces.get(at)
+        length = 0 if before is None else before[0].shape[1]
+        runs = self._seen(ahead, trace[0].shape[1] // sum(self.sizes))
+
+        def kept(past: Tensor, own: Tensor) -> Tensor:
+            old = [past[:, first:end] for first, end in runs if first < length]
+            new = [own[:, max(first - length, 0) : end - length] for first, end in runs if end > length]
+            return torch.cat([*old, *new], 1)
+
+        return tuple(kept(*pair) for pair in zip(before or trace, trace, strict=True))
 
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
         (state,) = self.seen.get((self._block, part), (None,))
@@ -155,6 +162,13 @@ class ChunkCausal(TimeAxis):
         lacking = reach + sum(self.sizes) - x.shape[1]
         return F.pad(x, (0, 0) * (x.ndim - 2) + (lacking, 0)) if lacking else x
 
+    def rooms(self, part: str, tokens: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        before = self.seen.get((self._block, part))
+        if before is None or torch.is_grad_enabled():
+            return None, None
+        k, v = before
+        return k[:, -tokens:], v[:, -tokens:]
+
     def attend(
         self,
         q: Tensor,
@@ -199,8 +213,9 @@ class ChunkCausal(TimeAxis):
         length = own[0].shape[1]
         if torch.is_grad_enabled():
             return tuple(torch.cat([past[:, :-length], x], 1) for past, x in zip(before, own, strict=True))
-        for room, x in zip(before, own, strict=True):
-            room[:, -length:] = x
+        for room, x in zip(self.rooms(part, length), own, strict=True):
+            if room.data_ptr() != x.data_ptr():
+                room.copy_(x)
         return before
 
     def _leave(self, part: str, *trace: Tensor) -> None:

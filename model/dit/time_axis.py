@@ -61,6 +61,10 @@ class TimeAxis:
         """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
         return function(x, 0)
 
+    def rooms(self, part: str, tokens: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Memory where `attend` would put so many tokens' keys and values, and need not if they are there."""
+        return None, None
+
     def attend(
         self,
         q: Tensor,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend_masked
-from longtake.kernels.modulate import gated, modulate
+from longtake.kernels.modulate import add_and_modulate, gated, modulate
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
@@ -132,8 +132,8 @@ class Block(nn.Module):
         if plucker is not None:
             rays = at.seen(self.plucker_proj(plucker))
         x = gated(x, gate_a, self.attn(modulate(x, shift_a, scale_a), at), plus=rays)
-        x = x + self.cross_attn(x, text, mask)
-        return gated(x, gate_m, *self.mlp(modulate(x, shift_m, scale_m), grid, at.time))
+        x, modulated = add_and_modulate(x, self.cross_attn(x, text, mask), shift_m, scale_m)
+        return gated(x, gate_m, *self.mlp(modulated, grid, at.time))
 
 
 class FinalLayer(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.kernels.gdn import reference, triton_gates, triton_maps, triton_scan
+from longtake.kernels.gdn import reference, triton_gates, triton_maps, triton_read, triton_scan
 from longtake.kernels.gdn.triton_maps import FrameMaps
 from longtake.kernels.gdn.triton_read import ReadStates
 from longtake.kernels.gdn.triton_scan import BidirectionalStates, ScanStates
@@ -149,6 +149,17 @@ def test_both_directions_from_states_of_their_own(device, sizes, adjoint):
     states, _ = reference.carry(transition, increment, start)
     gradients = zip(*(scan.to_maps(start, states, states[::-1]) for scan in (triton_scan, reference)), strict=True)
     assert all(error(*pair) < TOLERANCE[torch.float32] for pair in gradients)
+
+
+@torch.no_grad()
+def test_reading_of_both_branches(device):
+    sizes = 2, 3, 70, 2, 24, 24
+    q, plain, camera = (tensors(sizes, DTYPES[1], device, seed)[0] for seed in range(3))
+    states, of_camera = torch.randn(2, 2, 3, 2, 24, 24, device=device)
+    mass = torch.rand(2, 3, 2, 24, device=device)
+    found = triton_read.read_both((q, states, plain, mass), camera, of_camera, 1e-2)
+    true = reference.read(q, states, plain, mass, 1e-2), reference.read(camera, of_camera)
+    assert all(error(*pair) < TOLERANCE[DTYPES[1]] for pair in zip(found, true, strict=True))
 
 
 @pytest.mark.parametrize("normalised", [True, False])

@@ -81,6 +81,16 @@ def test_gated_without_some_gradients(tensors, frozen):
     check(Gated.apply(*inputs), reference.gated(*inputs), wanted)
 
 
+@torch.no_grad()
+def test_a_sum_is_modulated_as_it_is_stored(tensors):
+    (x, y, *_), (shift, scale, *_) = tensors
+    total, found = triton_modulate.add_and_modulate(x, y, shift, scale, reference.EPS)
+    true = reference.modulate(x.float() + y.float(), shift, scale)
+    torch.testing.assert_close(total, x + y, rtol=0, atol=0)
+    assert found.dtype == torch.promote_types(x.dtype, scale.dtype)
+    assert (found.double() - true.double()).norm() <= TOLERANCE[x.dtype] * true.double().norm()
+
+
 @pytest.mark.parametrize("with_camera", [False, True])
 def test_output_gate(tensors, with_camera):
     out, gate, camera, _ = tensors[0]

@@ -48,7 +48,7 @@ for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_ga
                triton_encode, triton_conv_input, triton_norm_rope, gdn_gates):
     launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
                 "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed", "_every"}
+                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed", "_every", "_both"}
     for name in launched & set(vars(module)):
         if isinstance(vars(module)[name], triton.JITFunction):
             setattr(module, name, Launcher(vars(module)[name]))
@@ -71,6 +71,7 @@ maps = triton_maps.FrameMaps.apply(decay, k, v, beta)
 triton_maps.every_map([(q, k, beta), (v, k, beta)], v, decay)
 states = triton_scan.BidirectionalStates.apply(*maps)
 back(triton_read.ReadStates.apply(q, states, k, states[..., 0, :], 1e-8))
+triton_read.read_both((q, states, k, states[..., 0, :]), v, states, 1e-8)
 maps, start = [x.detach().requires_grad_() for x in maps], randn(1, H, D, D, dtype=torch.float32)
 back(*triton_scan.ScanStates.apply(*maps, start))
 triton_scan.summed(*maps, start)
