@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from longtake.kernels.launch import by_token, contiguous_tokens, padded, precision, roomy, tile, warps
 
-_WARPS_OF_EVERY = 4  # each has one matrix in registers, not two
+_WARPS_OF_EVERY, _STAGES_OF_EVERY = 4, 3  # each has one matrix in registers, not two
 
 
 @triton.jit
@@ -224,6 +224,7 @@ def every_map(
     _every[b * t, h, 1 + 2 * len(branches)](
         *sets[0], *sets[1], plain, token, decay, transition, increment, mass_transition, mass, b * t, s, h, d,
         padded(d), tile(s, 2 * padded(d), plain.element_size()), precision(), num_warps=_WARPS_OF_EVERY,
+        num_stages=_STAGES_OF_EVERY,
     )  # fmt: skip
     return (transition, increment), (mass_transition, mass)
 

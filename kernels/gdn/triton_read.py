@@ -161,7 +161,7 @@ def read_both(
     b, t, s, h, d = q.shape
     (q, token), (plain, plain_token), (camera_q, camera_token) = (by_token(x) for x in (q, plain, camera_q))
     out, camera_out = (torch.empty(b, t, s, h, d, dtype=q.dtype, device=q.device) for _ in range(2))
-    block_s = min(_TOKENS, tile(s, 2 * padded(d), q.element_size()))
+    block_s = tile(s, 2 * padded(d), q.element_size())
     stretches = max(1, min(triton.cdiv(s, block_s), _PROGRAMS // (b * t * h)))
     stretch = triton.cdiv(triton.cdiv(s, stretches), block_s) * block_s
     _both[2 * b * t, h, triton.cdiv(s, stretch)](

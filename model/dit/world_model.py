@@ -121,14 +121,17 @@ class Block(nn.Module):
         x: Tensor,
         text: Tensor | tuple[Tensor, Tensor],
         mask: Tensor,
-        time: Tensor,
+        time: Tensor | tuple[Tensor, ...],
         at: Positions,
         plucker: Tensor | None,
         grid: tuple,
         rays: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, C); text (B, L, C) or its keys and values; time (B, T, 6, C); rays: what became of plucker."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + time).chunk(6, dim=2)
+        """x (B, N, C); text (B, L, C) or its keys and values; time (B, T, 6, C), or what this block makes of it, six of
+        (B, T, 1, C); rays: what became of plucker.
+        """
+        modulation = time if isinstance(time, tuple) else (self.scale_shift_table + time).chunk(6, dim=2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         if plucker is not None:
             rays = at.seen(self.plucker_proj(plucker))
         x = gated(x, gate_a, self.attn(modulate(x, shift_a, scale_a), at), plus=rays)
@@ -180,6 +183,7 @@ class WorldModel(nn.Module):
     """
 
     checkpoint_blocks = False
+    _laid_out = False
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -227,6 +231,7 @@ class WorldModel(nn.Module):
         for block in blocks:
             block.mlp.lay_out()
             block.attn.lay_out()
+        self._laid_out = True
         return self
 
     @property
@@ -306,10 +311,22 @@ class WorldModel(nn.Module):
         x = self.x_embedder(latents.to(self.x_embedder.proj.weight.dtype))
         time = self.t_embedder(timestep)
         modulation = self.t_block(time).unflatten(-1, (6, -1))
+        modulations: Any = [modulation] * len(self.blocks)
+        if self._laid_out and not torch.is_grad_enabled():  # one launch for all blocks
+            tables: Any = torch.stack([block.scale_shift_table for block in self.blocks])  # type: ignore[misc]
+            modulations = [each.chunk(6, dim=2) for each in tables[:, None, None] + modulation]
         for number, block in enumerate(self.blocks):
             text = context.text[number] if isinstance(context.text, list) else context.text
             rays = context.rays[number] if context.rays else None
-            others = text, context.mask, modulation, context.at.of_block(number), context.plucker, context.grid, rays
+            others = (
+                text,
+                context.mask,
+                modulations[number],
+                context.at.of_block(number),
+                context.plucker,
+                context.grid,
+                rays,
+            )
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpointed(block, x, *others)
             else:
