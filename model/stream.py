@@ -102,6 +102,7 @@ class ChunkStream:
     def _axis_of(self, sizes: Sequence[int]) -> ChunkCausal:
         if self._axis is None or self._axis.sizes != list(sizes):
             self._axis = ChunkCausal(sizes, self.model.config.chunk_window, self.state, self.model.rotary)
+            self._axis.seen = self.model.of_past(self._axis.seen)
             self._context = None
         return self._axis
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _PROGRAMS = 528  # backwards, at most, unless there are more frames: 4 a multiprocessor of an H100
-_CHANNELS_OF_WARP = 2048, 512  # forwards and backwards
+_CHANNELS_OF_WARP = 512
 
 
 @triton.jit
@@ -114,7 +114,7 @@ class Modulate(torch.autograd.Function):
         mean, rstd = torch.empty(2, b, n, device=x.device)
         _modulate[b * n,](
             x, None, shift_rows, scale_rows, None, out, mean, rstd, n // shift.shape[1], shift_rows.stride(0),
-            scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c, _CHANNELS_OF_WARP[0]),
+            scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c),
         )  # fmt: skip
         ctx.save_for_backward(x, scale_rows, mean, rstd)
         ctx.shape, ctx.dtypes = shift.shape, (shift.dtype, scale.dtype)
@@ -132,7 +132,7 @@ class Modulate(torch.autograd.Function):
         sums = torch.empty(frames, programs, 2, c, device=x.device) if wanted else None
         _modulate_backward[programs, frames](
             x, scale, mean, rstd, grad.contiguous(), dx, sums, tokens, stretch, scale.stride(0), c, *_halves(c),
-            num_warps=_warps(c, _CHANNELS_OF_WARP[1]),
+            num_warps=_warps(c),
         )  # fmt: skip
         if sums is None:
             return dx, None, None, None
@@ -148,7 +148,7 @@ def add_and_modulate(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: fl
     out = torch.empty_like(x, dtype=torch.promote_types(total.dtype, scale.dtype))
     _modulate[b * n,](
         x, y, shift_rows, scale_rows, total, out, None, None, n // shift.shape[1], shift_rows.stride(0),
-        scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c, _CHANNELS_OF_WARP[0]),
+        scale_rows.stride(0), eps, c, *_halves(c), num_warps=_warps(c),
     )  # fmt: skip
     return total, out
 
@@ -165,5 +165,5 @@ def _halves(channels: int) -> tuple[int, int]:
     return head, triton.next_power_of_2(channels - head)
 
 
-def _warps(channels: int, of_warp: int) -> int:
-    return max(1, min(8, _halves(channels)[0] // of_warp))
+def _warps(channels: int) -> int:
+    return max(1, min(8, _halves(channels)[0] // _CHANNELS_OF_WARP))

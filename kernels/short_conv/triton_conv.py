@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from longtake.kernels.launch import contiguous_tokens
 
-_FRAMES, _TOKENS, _CHANNELS, _WARPS = 7, 4, 64, 2  # a tile; 4 channels a thread
+_FRAMES, _TOKENS, _CHANNELS, _WARPS = 7, 8, 64, 4  # a tile; 4 channels a thread
 _PROGRAMS, _PROGRAMS_BACKWARD = 110, 32  # for the same frames and channels; they share the strips of tokens
 
 

@@ -126,7 +126,7 @@ class DualBranchAttention(nn.Module):
         if self.joint is not None and (camera or not isinstance(self.joint, Joint)):
             whole, size = self.joint(x), x.shape[-1]
             *parts, gate = whole[..., : 7 * size].chunk(7, dim=-1)
-            others = whole[..., 7 * size :] if whole.shape[-1] > 7 * size else None
+            others = whole[..., 7 * size :] if isinstance(self.joint, Joint) else None
             return tuple(parts[:3]), tuple(parts[3:]) if camera else None, gate, others
         of_camera = (self.q_proj_cam(x), self.k_proj_cam(x), self.v_proj_cam(x)) if camera else None
         return self.qkv(x).chunk(3, dim=-1), of_camera, self.output_gate(x), None
@@ -199,7 +199,9 @@ class GDNAttention(DualBranchAttention):
         # One product for both: the mean over a frame's tokens may as well be taken of what is projected.
         if projected is None and self.joint_gates is not None:
             projected = self.joint_gates(x)
-        elif projected is None:
+        if projected is not None:
+            projected = projected[..., : 2 * self.heads]
+        else:
             weight = torch.cat([self.beta_proj.weight, self.gate_proj.weight])
             # Inside an autocast-free region inputs may be lower precision than weights.
             projected = F.linear(x.to(weight.dtype), weight, torch.cat([self.beta_proj.bias, self.gate_proj.bias]))
@@ -230,7 +232,8 @@ class GDNAttention(DualBranchAttention):
         given = by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2)
         if q_cam is None:
             return read(*given).flatten(1, 2), None
-        return tuple(out.flatten(1, 2) for out in read_both(given, by_frame(q_cam), states[1]))
+        out, of_camera = read_both(given, by_frame(q_cam), states[1])
+        return out.flatten(1, 2), of_camera.flatten(1, 2)
 
     def _bounded(self, beta: Tensor, k: Tensor) -> Tensor:
         """beta (B, T, S, H) such that I - K^T diag(beta) K of keys (B, T, S, H, D) has no eigenvalue outside [0, 1]."""

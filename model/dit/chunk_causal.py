@@ -131,14 +131,14 @@ class ChunkCausal(TimeAxis):
 
     def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         assert dim == 1
-        (before,) = self.seen.get((self._block, part), (None,))
+        before, *made = self.seen.get((self._block, part), (None,))
         if before is None or len(self.sizes) > 1 or torch.is_grad_enabled():
             x = self._after_reach(x if before is None else torch.cat([before, x], 1), reach)
             self._leave(part, x[:, x.shape[1] - reach :])
             return self.by_chunk(x, reach, function)
         last = x if x.shape[1] >= reach else torch.cat([before, x], 1)
         self._leave(part, last[:, last.shape[1] - reach :])
-        return function(x, 0, before)
+        return function(x, 0, before, *made)
 
     def by_chunk(self, x: Tensor, reach: int, function: OverTime) -> Tensor:
         """function(x) chunk by chunk, each after the `reach` frames before it: x begins with those of the first chunk,
@@ -213,9 +213,9 @@ class ChunkCausal(TimeAxis):
         length = own[0].shape[1]
         if torch.is_grad_enabled():
             return tuple(torch.cat([past[:, :-length], x], 1) for past, x in zip(before, own, strict=True))
-        for room, x in zip(self.rooms(part, length), own, strict=True):
-            if room.data_ptr() != x.data_ptr():
-                room.copy_(x)
+        for room, x in zip(before, own, strict=True):
+            if (place := room[:, -length:]).data_ptr() != x.data_ptr():
+                place.copy_(x)
         return before
 
     def _leave(self, part: str, *trace: Tensor) -> None:

@@ -10,6 +10,8 @@ from longtake.kernels.glu_conv import glu_conv
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.float8 import Float8Linear
 
+T_CONV = "t_conv"  # what a time axis knows the temporal convolution by
+
 
 class _Conv(nn.Module):
     """A convolution under the name `conv`, as checkpoints have it."""
@@ -54,21 +56,31 @@ class GLUMBConvTemp(nn.Module):
         y = self.inverted_conv.product(x).unflatten(1, (-1, height, width)).flatten(0, 1)
         y = self.point_conv.product(glu_conv(y, depthwise.weight, depthwise.bias))
         y = y.view(len(x), frames, height * width, -1)
-        around = time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time, part="t_conv")
+        around = time.around(y, self.t_conv.kernel_size[0] // 2, self._over_time, part=T_CONV)
         return y.flatten(1, 2), around.flatten(1, 2)
 
-    def _over_time(self, y: Tensor, first: int, before: Tensor | None = None) -> Tensor:
-        """Of y (B, T, S, C), without a copy of it unless others are before."""
+    def of_past(self, before: Tensor) -> Tensor:
+        """What the frames before (B, reach, S, C) add to the convolution's result of as many after them."""
+        later = torch.zeros_like(before)
+        return self._over_time(torch.cat([before, later], 1), before.shape[1])
+
+    def _over_time(self, y: Tensor, first: int, before: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+        """Of y (B, T, S, C), without a copy of it unless others are before; added: what these make of it."""
         reach = self.t_conv.kernel_size[0] // 2
-        if before is not None:
+        if added is not None:
+            first = 0
+        elif before is not None:
             y, first = torch.cat([before, y], 1), first + before.shape[1]
-        if first < reach or torch.is_grad_enabled():
+        if added is None and (first < reach or torch.is_grad_enabled()):
             return self.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, first:]
         # Of few frames, a product for each tap is faster, and none is computed that is not asked for.
         taps, frames = self.t_conv.weight[..., 0].to(y.dtype).unbind(2), y.shape[1] - first
         out = F.linear(y[:, first:], taps[reach])
-        for shift in (*range(-reach, 0), *range(1, min(reach + 1, frames))):
-            count = frames - max(0, shift)
-            others = y[:, first + shift :][:, :count].flatten(1, 2)
-            out[:, :count].flatten(1, 2).baddbmm_(others, taps[reach + shift].T.expand(len(y), -1, -1))
+        if added is not None:
+            out[:, : added.shape[1]] += added[:, :frames]
+        for shift in (*range(-reach, 0), *range(1, reach + 1)):
+            begin, end = max(0, -shift - first), min(frames, frames - shift)  # results that this tap adds to
+            if begin < end:
+                others = y[:, first + shift + begin : first + shift + end].flatten(1, 2)
+                out[:, begin:end].flatten(1, 2).baddbmm_(others, taps[reach + shift].T.expand(len(y), -1, -1))
         return out

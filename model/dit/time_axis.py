@@ -15,7 +15,8 @@ from longtake.kernels.attention import attend, attend_float8
 from longtake.kernels.gdn import bidirectional_states
 from longtake.model.state import Traces
 
-# Of frames of x, from that one on, as far as they are asked for; or of x after other frames, which may be given too.
+# Of frames of x, from that one on, as far as they are asked for. Frames before them may be given too, and what was made
+# of these.
 OverTime = Callable[..., Tensor]
 
 

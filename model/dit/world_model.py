@@ -22,9 +22,10 @@ from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
 from longtake.model.dit.attention import GDNAttention, Positions, SoftmaxAttention
 from longtake.model.dit.checkpointing import checkpointed
-from longtake.model.dit.feed_forward import GLUMBConvTemp
+from longtake.model.dit.feed_forward import T_CONV, GLUMBConvTemp
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import WHOLE_CLIP, Padded, TimeAxis
+from longtake.model.state import Traces
 
 
 class PatchEmbed(nn.Module):
@@ -286,6 +287,14 @@ class WorldModel(nn.Module):
         blocks: Any = self.blocks
         return [block.cross_attn.keys_and_values(y) for block in blocks] if of_sample else y
 
+    def of_past(self, seen: Traces) -> Traces:
+        """What a time axis has seen, with what weights that are laid out make of it: once for many passes."""
+        blocks: Any = self.blocks
+        return {
+            (number, part): (*trace, blocks[number].mlp.of_past(*trace)) if self._laid_out and part == T_CONV else trace
+            for (number, part), trace in seen.items()
+        }
+
     def placed(
         self,
         text: Tensor | list[tuple[Tensor, Tensor]],
@@ -318,15 +327,8 @@ class WorldModel(nn.Module):
         for number, block in enumerate(self.blocks):
             text = context.text[number] if isinstance(context.text, list) else context.text
             rays = context.rays[number] if context.rays else None
-            others = (
-                text,
-                context.mask,
-                modulations[number],
-                context.at.of_block(number),
-                context.plucker,
-                context.grid,
-                rays,
-            )
+            at = context.at.of_block(number)
+            others = text, context.mask, modulations[number], at, context.plucker, context.grid, rays
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpointed(block, x, *others)
             else:
