@@ -7,14 +7,11 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-
-First = TypeVar("First")
-Second = TypeVar("Second")
 
 _for_a_while: bool | None = None  # what `kernels` says
 _TRITON_HERE = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
@@ -74,24 +71,6 @@ def _by_environment() -> bool:
     if chosen not in ("triton", "definitions"):
         raise ValueError(f"LONGTAKE_KERNELS={chosen}: choose triton (the default on a GPU) or definitions")
     return chosen == "triton"
-
-
-def side_by_side(a: Callable[[], First], b: Callable[[], Second]) -> tuple[First, Second]:
-    """(a(), b()), neither of which needs the other: a GPU may run them at once where a graph of them is captured."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-        return a(), b()
-    here, beside = torch.cuda.current_stream(), _beside(torch.cuda.current_device())
-    beside.wait_stream(here)
-    with torch.cuda.stream(beside):
-        second = b()
-    first = a()
-    here.wait_stream(beside)
-    return first, second
-
-
-@functools.cache
-def _beside(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def padded(size: int) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.kernels.gdn import every_map, gates, read, read_both
-from longtake.kernels.launch import side_by_side, wide
+from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
 from longtake.kernels.ucpe import encode
@@ -107,6 +107,8 @@ class DualBranchAttention(nn.Module):
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
         main, camera, gate, others = self._projected(x, at.ray_from_world is not None)
+        main = self._heads(main, at, "conv_k")
+        camera = None if camera is None else self._heads(camera, at, "conv_k_cam")
         with torch.autocast(x.device.type, enabled=False):
             mixed, mixed_camera = self.mix(x, main, camera, at, others)
         from_camera = None
@@ -143,8 +145,8 @@ class DualBranchAttention(nn.Module):
     def mix(
         self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of both branches: projected (q, k, v) of (B, N, C) to (B, N, H, D) each; the camera's still in ray
-        coordinates. others: as of `_projected`.
+        """Attention of both branches: projected (q, k, v) of (B, N, H, D) to (B, N, H, D) each; the camera's still in
+        ray coordinates. others: as of `_projected`.
         """
         raise NotImplementedError
 
@@ -208,22 +210,16 @@ class GDNAttention(DualBranchAttention):
     def mix(
         self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = main
         by_frame = lambda tensor: tensor.unflatten(1, (at.frames, -1))  # noqa: E731
-        size, tokens = x.shape[-1] // self.heads, x.shape[1] // at.frames
-        scale = {"tokens": size * tokens, "channels": size, "none": 1}[self.key_scale] ** -0.5
-
-        def of_main() -> tuple:
-            q, k, v = self._heads(main, at, "conv_k")
-            q_rotated, q, _ = encode(q, at.rope, self.q_norm.weight, relu=True, plain=True)
-            k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
-            return q_rotated, q, k_rotated, k, v
-
-        def of_camera() -> tuple:
-            if camera is None:
-                return (None,) * 4
-            return self.to_rays(self._heads(camera, at, "conv_k_cam"), at, relu=True, scale=scale)
-
-        (q_rotated, q, k_rotated, k, v), (q_cam, k_cam, v_cam, inflation) = side_by_side(of_main, of_camera)
+        scale = {"tokens": q.shape[-1] * (q.shape[1] // at.frames), "channels": q.shape[-1], "none": 1}[self.key_scale]
+        scale = scale**-0.5
+        q_rotated, q, _ = encode(q, at.rope, self.q_norm.weight, relu=True, plain=True)
+        k_rotated, k, _ = encode(k, at.rope, self.k_norm.weight, relu=True, scale=scale, plain=True)
+        assert q is not None and k is not None
+        q_cam = inflation = None
+        if camera is not None:
+            q_cam, k_cam, v_cam, inflation = self.to_rays(camera, at, relu=True, scale=scale)
         beta, decay, beta_camera = self.gates(x, at.frames, inflation, others)
         beta_main = self._bounded(beta, by_frame(k))
         branches = [(by_frame(k_rotated), by_frame(v), beta_main)]
@@ -232,14 +228,12 @@ class GDNAttention(DualBranchAttention):
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
         part = "main" if q_cam is None else "main camera"
         maps, of_mass = every_map(branches, by_frame(k), decay)
-        states, mass = side_by_side(
-            lambda: at.time.states(*maps, part=part).chunk(len(branches)), lambda: at.time.states(*of_mass, part="mass")
-        )
+        states, mass = at.time.states(*maps, part=part).chunk(len(branches)), at.time.states(*of_mass, part="mass")
         given = by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2)
         if q_cam is None:
             return read(*given).flatten(1, 2), None
-        out, out_camera = read_both(given, by_frame(q_cam), states[1])
-        return out.flatten(1, 2), out_camera.flatten(1, 2)
+        out, of_camera = read_both(given, by_frame(q_cam), states[1])
+        return out.flatten(1, 2), of_camera.flatten(1, 2)
 
     def _bounded(self, beta: Tensor, k: Tensor) -> Tensor:
         """beta (B, T, S, H) such that I - K^T diag(beta) K of keys (B, T, S, H, D) has no eigenvalue outside [0, 1]."""
@@ -260,25 +254,17 @@ class SoftmaxAttention(DualBranchAttention):
     def mix(
         self, x: Tensor, main: tuple, camera: tuple | None, at: Positions, others: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = main
         # What autocast or the weights made bfloat16 stays so; float32 is rounded as the configuration says.
-        kept = main[2].dtype
-        dtype = kept if kept != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
-
-        def of_main() -> Tensor:
-            q, k, v = self._heads(main, at, "conv_k")
-            q, *_ = encode(q, at.rope, self.q_norm.weight)
-            k, *_ = encode(k, at.rope, self.k_norm.weight, into=at.time.rooms("keys", k.shape[1])[0])
-            return at.time.attend(q, k, v, self.scale_main, dtype, part="keys")
-
-        def of_camera() -> Tensor | None:
-            if camera is None:
-                return None
-            rooms = at.time.rooms("camera keys", x.shape[1])
-            q, k, v, _ = self.to_rays(self._heads(camera, at, "conv_k_cam"), at, into=rooms)
-            out = at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys")
-            return out if out.dtype == x.dtype else wide(out)
-
-        return side_by_side(of_main, of_camera)
+        dtype = v.dtype if v.dtype != torch.float32 and self.compute_dtype.itemsize > 1 else self.compute_dtype
+        q, *_ = encode(q, at.rope, self.q_norm.weight)
+        k, *_ = encode(k, at.rope, self.k_norm.weight, into=at.time.rooms("keys", k.shape[1])[0])
+        out = at.time.attend(q, k, v, self.scale_main, dtype, part="keys")
+        if camera is None:
+            return out, None
+        q, k, v, _ = self.to_rays(camera, at, into=at.time.rooms("camera keys", x.shape[1]))
+        of_camera = at.time.attend(q, k, v, self.scale_camera, dtype, part="camera keys")
+        return out, of_camera if of_camera.dtype == x.dtype else wide(of_camera)
 
 
 def attention_scale(kind: SoftmaxScale, head_dim: int) -> float:
