@@ -26,7 +26,7 @@ from longtake.platform.data.render.vizdoom_worlds import VizdoomWorld
 from longtake.platform.data.store import ClipStore
 from longtake.platform.evaluate.identification import fans
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 needs_egl = pytest.mark.skipif(
     ctypes.util.find_library("EGL") is None, reason="MuJoCo draws through EGL: apt install libegl1 libgl1-mesa-dri"

@@ -29,7 +29,7 @@ from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
 from longtake.platform.train.settings import Settings
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 MICRO = WorldModelConfig(
     name="micro",
