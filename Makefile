@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 	$(BIN)/longtake search-refine --preset tiny-streaming
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

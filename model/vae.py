@@ -9,24 +9,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLLTX2Video
-from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
-    LTX2VideoCausalConv3d,
-    LTX2VideoResnetBlock3d,
-    LTX2VideoUpsampler3d,
-)
 from torch import Tensor, nn
 
 from longtake.kernels.conv_input import conv_input
 from longtake.model.config import WorldModelConfig
 
+if TYPE_CHECKING:  # seconds of imports, which only a process with an autoencoder needs
+    from diffusers import AutoencoderKLLTX2Video
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d, LTX2VideoUpsampler3d
+
 
 def build_vae(config: WorldModelConfig) -> AutoencoderKLLTX2Video:
     """The preset's autoencoder with random weights, float32."""
+    from diffusers import AutoencoderKLLTX2Video
+
     frames, rows, _ = config.vae_stride
     vae = AutoencoderKLLTX2Video(
         latent_channels=config.latent_channels,
@@ -41,6 +41,8 @@ def build_vae(config: WorldModelConfig) -> AutoencoderKLLTX2Video:
 @torch.no_grad()
 def _initialise(vae: AutoencoderKLLTX2Video) -> None:
     """Start as a nearly linear network whose latents are nearly free of noise."""
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoResnetBlock3d
+
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             # torch's default shrinks the signal of a deep stack without affine norms: unit gain instead.
@@ -64,6 +66,8 @@ def make_causal(vae: AutoencoderKLLTX2Video) -> None:
     """Weights of a decoder that sees later frames, as a start for one that does not: what later frames were multiplied
     by, a frame itself is.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
+
     for module in vae.decoder.modules():
         if isinstance(module, LTX2VideoCausalConv3d):
             weight, reach = module.conv.weight, (module.kernel_size[0] - 1) // 2
@@ -150,6 +154,8 @@ _one_at_a_time = threading.Lock()  # a decoder's layers are changed while it run
 @contextmanager
 def _streaming(decoder: nn.Module, past: Mapping[str, Tensor], left: dict[str, Tensor]) -> Iterator[None]:
     """A causal LTX-2 decoder goes on from what its convolutions kept of a video, and leaves that anew."""
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d, LTX2VideoUpsampler3d
+
     with _one_at_a_time:
         _channels_last(decoder)
         try:

@@ -1,8 +1,9 @@
-"""What all tests share: the rule of one tier a test, one Ray cluster and one object store a run."""
+"""What all tests share: the rule of one tier a test, one Ray cluster a run, one object store a process."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +30,39 @@ torch.set_num_threads(2)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse tests without exactly one tier; leave out those whose devices this machine lacks."""
+    """Refuse tests without exactly one tier, and modules on Ray that do not say so; leave out tests whose devices this
+    machine lacks. Modules on Ray come first: they take the longest.
+    """
     tiers = {item: [mark.name for mark in item.iter_markers() if mark.name in _DEVICES_NEEDED] for item in items}
     if wrong := [item.nodeid for item, names in tiers.items() if len(names) != 1]:
         raise pytest.UsageError("give each test exactly one of the markers cpu, gpu, multigpu:\n" + "\n".join(wrong))
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    if wrong := sorted(str(path) for path in on_ray if not _on_ray(path)):
+        raise pytest.UsageError("give these modules pytestmark with pytest.mark.ray:\n" + "\n".join(wrong))
     present = torch.cuda.device_count()
     runnable = [item for item in items if _DEVICES_NEEDED[tiers[item][0]] <= present]
     if len(runnable) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(runnable)])
-        items[:] = runnable
+    items[:] = sorted(runnable, key=lambda item: not _on_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest -n: a module stays in one process, and all on Ray in the same, for there is one cluster a run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByModule(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = super()._split_scope(nodeid)
+            return "on Ray" if _on_ray(config.rootpath / module) else module
+
+    config.option.loadscopereorder = False  # the order of the tests
+    return ByModule(config, log)
+
+
+@functools.cache
+def _on_ray(module: Path) -> bool:
+    return "pytest.mark.ray" in module.read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +229,8 @@ def ray_cluster(s3_server: str) -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
+        # How often Ray Train looks at its workers: else every run of a test waits for seconds at its end.
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ray_cluster.connect(num_cpus=8)
         address = ray.get_runtime_context().gcs_address
         environment.setenv("RAY_ADDRESS", address)

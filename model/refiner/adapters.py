@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -47,6 +46,8 @@ def attach(transformer: nn.Module, rank: int, layers: Sequence[str] = ()) -> Non
     """Freeze the network and put adapters of this rank into it, float32, that change nothing yet: into these layers, or
     into all that training adapts.
     """
+    from peft import LoraConfig, inject_adapter_in_model  # seconds of imports, which only adapters need
+
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers) or _TARGETS)
     inject_adapter_in_model(config, transformer)
     for name, parameter in transformer.named_parameters():
@@ -62,6 +63,8 @@ def trained(transformer: nn.Module) -> nn.Module:
 
 def save(transformer: nn.Module, folder: Path, base: str, dtype: torch.dtype) -> None:
     """Write what is attached to a network into the folder refiner_lora/ of a weights folder, in both formats."""
+    from peft import LoraConfig
+
     target = folder / weights.ADAPTERS
     target.mkdir(parents=True, exist_ok=True)
     found = {name.replace(".default", ""): x for name, x in transformer.state_dict().items() if ".lora_" in name}

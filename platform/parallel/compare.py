@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,24 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
     The processes are started here: over gloo on CPUs, over NCCL on the first `layout.ranks` GPUs. Random weights, a
     batch of two clips of 2 x 3 tokens a frame.
     """
-    config = dataclasses.replace(config, softmax_dtype="float32")
+    return compare_all([(config, layout)], device)[0]
+
+
+def compare_all(cases: Sequence[tuple[WorldModelConfig, Layout]], device: str = "cpu") -> list[Comparison]:
+    """`compare` of each case. Those of as many ranks share their processes, whose start takes longer than they do."""
+    cases = [(dataclasses.replace(config, softmax_dtype="float32"), layout) for config, layout in cases]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (config, layout, device, folder)
-        processes.start_processes(_on_a_rank, arguments, nprocs=layout.ranks, start_method="spawn")  # type: ignore[attr-defined]
-        cut = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(layout.ranks)]
+        for ranks in dict.fromkeys(layout.ranks for _, layout in cases):
+            theirs = {number: case for number, case in enumerate(cases) if case[1].ranks == ranks}
+            processes.start_processes(_on_a_rank, (theirs, device, folder), nprocs=ranks, start_method="spawn")  # type: ignore[attr-defined]
+        return [
+            _compared(*case, device, [torch.load(_file(folder, number, rank)) for rank in range(case[1].ranks)])
+            for number, case in enumerate(cases)
+        ]
+
+
+def _compared(config: WorldModelConfig, layout: Layout, device: str, cut: list[dict[str, Any]]) -> Comparison:
+    """cut: what each rank computed."""
     model, clip = _model_and_clip(config, layout, device)
     whole = WHOLE_CLIP
     if config.chunk_causal:
@@ -86,29 +100,38 @@ def compare(config: WorldModelConfig, layout: Layout, device: str = "cpu") -> Co
     return Comparison(errors, list(dict.fromkeys(traffic)))
 
 
-def _on_a_rank(rank: int, config: WorldModelConfig, layout: Layout, device: str, folder: str) -> None:
+def _file(folder: str, number: int, rank: int) -> Path:
+    return Path(folder, f"{number}-{rank}.pt")
+
+
+def _on_a_rank(rank: int, cases: dict[int, tuple[WorldModelConfig, Layout]], device: str, folder: str) -> None:
     torch.set_num_threads(1)
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
-    try:
-        model, clip = _model_and_clip(config, layout, where)
-        axis, camera = own_clip(config, layout.frames, layout.ranks, layout.attention), clip["camera"]
-        clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
-        clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
-        model.checkpoint_blocks = True  # unlike the one process
-        sent = axis.peers.noting([*model.blocks])
-        velocity, loss = _velocity_and_loss(model, clip, layout, axis)
-        loss.backward()
-        gradients = _gradients(model)
-        for shared in (loss.detach_(), *gradients.values()):
-            dist.all_reduce(shared)
-        found = {"velocity": velocity.detach(), "loss": loss, "gradients": gradients}
-        torch.save(_on_cpu(found) | {"sent": sent}, Path(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+    for number, (config, layout) in cases.items():
+        backend, store = "nccl" if device == "cuda" else "gloo", f"file://{folder}/store{number}"
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=layout.ranks)
+        try:
+            torch.save(_shared(config, layout, where), _file(folder, number, rank))
+        finally:
+            dist.destroy_process_group()
+
+
+def _shared(config: WorldModelConfig, layout: Layout, where: torch.device) -> dict[str, Any]:
+    """This rank's velocity, the sums over all ranks of the loss and its gradients, and what it sent."""
+    model, clip = _model_and_clip(config, layout, where)
+    axis, camera = own_clip(config, layout.frames, layout.ranks, layout.attention), clip["camera"]
+    clip["latents"], clip["timestep"] = axis.held(clip["latents"], 2), axis.held(clip["timestep"], 1)
+    clip["camera"] = CameraFeatures(axis.held(camera.conditions, 1), axis.held(camera.plucker, 2))
+    model.checkpoint_blocks = True  # unlike the one process
+    sent = axis.peers.noting([*model.blocks])
+    velocity, loss = _velocity_and_loss(model, clip, layout, axis)
+    loss.backward()
+    gradients = _gradients(model)
+    for shared in (loss.detach_(), *gradients.values()):
+        dist.all_reduce(shared)
+    return _on_cpu({"velocity": velocity.detach(), "loss": loss, "gradients": gradients}) | {"sent": sent}
 
 
 def _model_and_clip(

@@ -9,7 +9,7 @@ import pytest
 from longtake.jobs import bench_train
 from longtake.platform.observe import measurements
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 
 def test_workers_that_share_a_clip_are_timed_and_send_what_they_should(tmp_path, monkeypatch, ray_cluster):

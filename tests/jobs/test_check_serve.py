@@ -9,7 +9,7 @@ import pytest
 from longtake.jobs import check_serve, fuzz_serve
 from longtake.platform.observe.served import Replica, growth
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 
 def test_a_dry_run_prints_the_settings_and_mistakes_are_named(capsys):

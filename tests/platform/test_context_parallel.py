@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,17 @@ import torch.distributed as dist
 
 from longtake.jobs import check_parallel
 from longtake.model import presets
-from longtake.platform.parallel.compare import LIMIT, Comparison, Layout, compare
+from longtake.model.config import WorldModelConfig
+from longtake.platform.parallel.compare import LIMIT, Comparison, Layout, compare, compare_all
 from longtake.platform.parallel.context import AttentionExchange, ContextParallel
 from longtake.platform.parallel.traffic import Traffic, sent_in_a_block
 
 CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_heads=3)
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize(
-    "layout",
-    [
+WHOLE = [
+    (CONFIG, layout)
+    for layout in (
         Layout(2, 7),
         Layout(3, 5),
         Layout(4, 5),
@@ -30,11 +31,33 @@ CONFIG = dataclasses.replace(presets.get("tiny"), depth=4, hidden_size=96, num_h
         Layout(4, 5, "ring"),
         Layout(2, 7, real=(3, 6)),  # a rank with nothing but padding of the first clip
         Layout(3, 5, real=(5, 1)),
-    ],
-    ids=lambda layout: layout.name,
-)
-def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
-    found = compare(CONFIG, layout)
+    )
+]
+# Of three ranks the last two hold a frame each, and convolutions reach past their neighbours.
+CAUSAL = [
+    (dataclasses.replace(CONFIG, chunk_causal=True, chunk_window=window, chunk_size=4 - layout.ranks), layout)
+    for window in (None, 1)
+    for layout in (Layout(2, 8), Layout(3, 5))
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> Callable[[tuple[WorldModelConfig, Layout]], Comparison]:
+    """What one of the cases above came to. They are computed together."""
+    cases = [*WHOLE, *CAUSAL]
+    compared = compare_all(cases)
+    return lambda case: compared[cases.index(case)]
+
+
+def name(case: tuple[WorldModelConfig, Layout]) -> str:
+    config, layout = case
+    return f"{layout.name}-{config.chunk_window}" if config.chunk_causal else layout.name
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("case", WHOLE, ids=name)
+def test_a_clip_cut_between_processes_gives_the_same_gradients(case, found):
+    layout, found = case[1], found(case)
     assert max(found.errors.values()) < LIMIT
     assert all(sent.counted == sent.expected for sent in found.traffic)
     assert {(sent.rank, sent.kind, sent.what) for sent in found.traffic} == {
@@ -45,12 +68,9 @@ def test_a_clip_cut_between_processes_gives_the_same_gradients(layout: Layout):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("window", [None, 1])
-@pytest.mark.parametrize("layout", [Layout(2, 8), Layout(3, 5)], ids=lambda layout: layout.name)
-def test_chunks_on_several_processes_give_the_same_gradients(layout: Layout, window: int | None):
-    # Of three ranks the last two hold a frame each, and convolutions reach past their neighbours.
-    causal = dataclasses.replace(CONFIG, chunk_causal=True, chunk_window=window, chunk_size=4 - layout.ranks)
-    found = compare(causal, layout)
+@pytest.mark.parametrize("case", CAUSAL, ids=name)
+def test_chunks_on_several_processes_give_the_same_gradients(case, found):
+    layout, found = case[1], found(case)
     assert max(found.errors.values()) < LIMIT
     assert all(sent.counted == sent.expected for sent in found.traffic)
     states = {sent.rank: sent.counted for sent in found.traffic if sent.what == "states"}

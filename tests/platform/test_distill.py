@@ -25,7 +25,7 @@ from longtake.platform.data.random_latents import write_random
 from longtake.platform.train import feed, log, stages
 from longtake.platform.train.settings import Settings
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 FRAMES = 17
 FEW = SamplerConfig(2, 3.0, 1.0, timesteps=(1000, 750, 0), chunk_interval=1)

@@ -16,7 +16,7 @@ from longtake.platform.data.store import ClipStore
 from longtake.platform.train import stages
 from longtake.platform.train.feed import open_source
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 CONFIG = dataclasses.replace(
     presets.get("tiny"),

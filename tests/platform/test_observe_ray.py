@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from longtake.platform.observe import ray_cluster as cluster
 from longtake.platform.observe.job import user_message
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 
 @ray.remote

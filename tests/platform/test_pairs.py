@@ -21,7 +21,7 @@ from longtake.platform.data.random_latents import write_random
 from longtake.platform.distill.pairs import Coarse, PairMaker
 from longtake.platform.train import feed, stages
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 FRAMES = 17
 

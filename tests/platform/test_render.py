@@ -275,8 +275,8 @@ def test_plans_that_cannot_be_are_refused():
         MujocoRooms("rooms/attic")
 
 
-def command(store: Path | str, *more: str, workers: int = 1) -> list[str]:
-    asked = {"--store": store, "--clips": 3, "--frames": 9, "--workers": workers}
+def command(store: Path | str, *more: str) -> list[str]:
+    asked = {"--store": store, "--clips": 3, "--frames": 9, "--workers": 1}
     words = [str(word) for pair in asked.items() for word in pair]
     return [*words, "--maps", "freedoom1/E1M5", "freedoom2/MAP01", *more]
 
@@ -308,13 +308,6 @@ def test_a_place_without_room_leaves_no_shard_and_the_others_their_clips(tmp_pat
     roomy.clear()
     with pytest.raises(ValueError, match="no place had room"):
         render_worlds.main(command(tmp_path / "none"))
-
-
-def test_processes_render_what_one_process_renders(ray_cluster, tmp_path):
-    render_worlds.main(command(tmp_path / "one"))
-    render_worlds.main(command(tmp_path / "two", workers=2))
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
-    assert one == two and len(one) == 2
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):

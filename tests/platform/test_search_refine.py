@@ -18,7 +18,7 @@ from longtake.platform.data.store import ClipStore
 from longtake.platform.observe.job import run_job
 from longtake.platform.store.video import read_video
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 KILL = """
 import os, signal, sys

@@ -27,7 +27,7 @@ from longtake.platform.search.plan import Candidate, StartImage, make_plan, make
 from longtake.platform.search.pool import Shares
 from longtake.platform.search.tree import Tree
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 BRANCHES = ("w-24", "aw-24", "d-10,w-38")
 SPLIT = ["--actions", "w-24", "--actions", "dw-24"]

@@ -21,7 +21,7 @@ from longtake.platform.data import store as store_module
 from longtake.platform.data.clip import Clip
 from longtake.platform.data.store import ClipStore, decode_clip, encode_clip
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 COLUMNS = ("key", "fps", "caption", "metric_scale", "licence", "provenance", "split", "actions")
 

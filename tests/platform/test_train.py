@@ -29,7 +29,7 @@ from longtake.platform.train.loop import train
 from longtake.platform.train.order import Order, Share
 from longtake.platform.train.settings import Settings
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 MICRO = WorldModelConfig(
     name="micro",
@@ -97,6 +97,10 @@ def settings(data, folder, name="stage0_vae", init=None, max_minutes=None, worke
     return Settings(stage, MICRO, corpora, str(folder), init or {}, workers, max_minutes)
 
 
+def forty_steps(latents, folder):
+    return settings(latents, folder, "stage1_gdn", steps=40, checkpoint_steps=10, workers=2)
+
+
 def losses(folder):
     return {record["step"]: record["loss"] for record in log.read(folder)}
 
@@ -118,7 +122,7 @@ def alike(folder, other):
 def fit(scratch, all_settings, workers=1, notice=None):
     """Train one run after the other in one Ray Train job: starting one takes ten times as long as these runs.
 
-    notice: a file that appears on the last worker's machine once it has made a step.
+    notice: a file that appears on the last worker's machine once the last run has made a step.
     """
 
     def announce(folder, notice):
@@ -128,7 +132,8 @@ def fit(scratch, all_settings, workers=1, notice=None):
 
     def train_all(config):
         for each in config["runs"]:
-            if notice and ray.train.get_context().get_world_rank() == workers - 1:
+            last = each is config["runs"][-1] and ray.train.get_context().get_world_rank() == workers - 1
+            if notice and last:
                 os.environ[schedule.NOTICE] = str(notice)
                 threading.Thread(target=announce, args=[each.folder, notice]).start()
             train(each)
@@ -181,6 +186,7 @@ def runs(ray_cluster, sana_video_of, tmp_path_factory):
         settings(latents, folder / "hybrid", "stage2_hybrid", init=gdn, steps=1, learning_rate=0.0),
         settings(latents, folder / "refiner", "stage5_refiner", init=init, steps=1),
         dataclasses.replace(settings(latents, folder / "causal", "stage4_causal", init, steps=2), config=CAUSAL),
+        settings(latents, folder / "diverged", "stage1_gdn", steps=2),
     ]
     fit(folder / "ray", one)
     cut = settings(latents, folder / "causal cut", "stage4_causal", init, steps=2, context_parallel=2)
@@ -200,7 +206,8 @@ def runs(ray_cluster, sana_video_of, tmp_path_factory):
     for n in (0, 1, 2, 3):
         values = dict(zero_stage=n, steps=6, ema=0.0 if n == 3 else 0.9)
         two.append(dataclasses.replace(flow(f"flow poisoned, zero {n}", **values), data=((poisoned, 1.0),)))
-    fit(folder / "ray", two, workers=2)
+    noticed = settings(latents, folder / "noticed", "stage1_gdn", steps=200, checkpoint_minutes=0, workers=2)
+    fit(folder / "ray", [*two, forty_steps(latents, folder / "whole"), noticed], workers=2, notice=folder / "notice")
     fit(folder / "ray", [flow("flow cut, zero 1", context_parallel=2, zero_stage=1)], workers=4)
     return folder
 
@@ -285,33 +292,24 @@ def test_a_record_says_how_the_run_does(name, runs):
     assert "tokens_per_second" not in log.read(runs / "vae")[-1]
 
 
-def test_a_killed_worker_changes_nothing(ray_cluster, tmp_path, capfd):
-    latents = make_latents(tmp_path / "latents")
-
-    def chosen(name):
-        return settings(latents, tmp_path / name, "stage1_gdn", steps=40, checkpoint_steps=10, workers=2)
-
+def test_a_killed_worker_changes_nothing(runs, tmp_path, capfd):
     def kill_one():
         while not (tmp_path / "killed/checkpoints/step-00000020").is_dir():
             time.sleep(0.02)
         here = psutil.Process().children(recursive=True)  # other programs may train beside these tests
         next(each for each in here if "RayTrainWorker" in each.name()).kill()
 
-    fit(tmp_path / "ray", [chosen("whole")], workers=2)
     killer = threading.Thread(target=kill_one)
     killer.start()
-    run.launch(chosen("killed"))
+    run.launch(forty_steps(str(runs / "latents"), tmp_path / "killed"))
     killer.join()
     assert "a worker was lost: going on from step" in capfd.readouterr().err
-    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    whole, killed = losses(runs / "whole"), losses(tmp_path / "killed")
     assert list(killed) == list(range(1, 41)) and killed == pytest.approx(whole, rel=1e-6)
 
 
-def test_a_machines_notice_saves_the_step_that_was_reached(ray_cluster, tmp_path):
-    latents = make_latents(tmp_path / "latents")
-    noticed = settings(latents, tmp_path / "noticed", "stage1_gdn", steps=200, checkpoint_minutes=0, workers=2)
-    fit(tmp_path / "ray", [noticed], workers=2, notice=tmp_path / "notice")
-    steps = sorted(int(path.name.removeprefix("step-")) for path in (tmp_path / "noticed/checkpoints").iterdir())
+def test_a_machines_notice_saves_the_step_that_was_reached(runs):
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (runs / "noticed/checkpoints").iterdir())
     assert len(steps) == 2 and 0 < steps[0] < steps[1] == 200
 
 
@@ -367,18 +365,18 @@ def test_a_step_that_is_not_finite_changes_nothing(name, runs):
     assert name == "flow poisoned" or losses(runs / name) == pytest.approx(others, rel=1e-4)
 
 
-def test_training_that_diverges_says_what_to_change(ray_cluster, tmp_path, capfd):
-    good, bad = make_latents(tmp_path / "good"), make_latents(tmp_path / "bad", poisoned=range(5))
-    run.launch(settings(good, tmp_path / "run", "stage1_gdn", steps=2))
-    kept = weights(tmp_path / "run")
+def test_training_that_diverges_says_what_to_change(runs, tmp_path, capfd):
+    good, bad = runs / "diverged", make_latents(tmp_path / "bad", poisoned=range(5))
+    run._write_record(settings(str(runs / "latents"), good, "stage1_gdn", steps=2))
+    kept = weights(good)
     with pytest.raises(Exception) as error:
-        run.launch(settings(bad, tmp_path / "run", "stage1_gdn", steps=40, checkpoint_steps=1))
+        run.launch(settings(bad, good, "stage1_gdn", steps=40, checkpoint_steps=1))
     said = user_message(error.value) or ""
     assert "diverged before step 12" in said and "lower learning_rate (now 0.001)" in said and "from step 2" in said
     assert "counted as `skipped` in metrics.jsonl" in capfd.readouterr().err
-    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    newest = checkpoint.newest(good / "checkpoints")
     assert newest and newest.name == "step-00000002"
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(tmp_path / "run").items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(good).items())
 
 
 def test_a_truncated_checkpoint_is_not_resumed_from(tmp_path):

@@ -25,7 +25,7 @@ from longtake.platform.observe.job import user_message
 from longtake.platform.train import checkpoint, log, loop, run, stages
 from longtake.platform.train.settings import Settings
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.ray]
 
 FRAMES = 17
 

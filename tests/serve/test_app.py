@@ -31,7 +31,7 @@ from longtake.platform.observe.served import replicas
 from longtake.serve.ledger import Ledger
 from longtake.serve.metrics import CHUNK_SECONDS, METRICS
 
-pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cpu, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def ask(client: openai.OpenAI, image: bytes, seconds: Any = "3", **more: Any) -> Any:

@@ -18,7 +18,7 @@ from longtake.platform.observe.hostile import KINDS, Victims, case
 from longtake.platform.observe.served import picture, replicas, small_weights
 from longtake.serve.__main__ import put
 
-pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cpu, pytest.mark.ray, pytest.mark.timeout(600)]
 
 API_TOGETHER = 8
 

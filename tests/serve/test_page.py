@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from longtake.model.camera import parse_actions
 
-pytestmark = [pytest.mark.cpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cpu, pytest.mark.ray, pytest.mark.timeout(600)]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 HEADERS = {"Authorization": "Bearer secret"}
