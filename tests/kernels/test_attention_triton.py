@@ -38,7 +38,7 @@ def test_some_keys_are_not_seen(device, n, m, h, d):
     mask[1, m // 3 :] = -torch.inf
     mask[0, : m // 2] = -torch.inf  # more than the first tile
     mask[:, 0] = 0.5
-    true = attend_masked(*(x.double() for x in (q, k, v)), 0.3, mask.double())
+    true = attend_masked(q.double(), k.double(), v.double(), 0.3, mask.double())
     found = triton_masked.attend(q, k, v, 0.3, mask)
     assert found.dtype == dtype and error(found, true) < TOLERANCE[dtype]
     if m > 1:

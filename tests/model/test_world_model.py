@@ -91,3 +91,15 @@ def test_weights_laid_out_for_kernels_compute_the_same(config):
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model(*inputs), other(*inputs))
     assert not copy.deepcopy(model).requires_grad_(False)(*inputs).requires_grad
+
+
+@torch.no_grad()
+def test_weights_laid_out_stay_parts_of_one_tensor(config):
+    model, inputs = model_and_inputs(config)
+    expected, bytes_ = model(*inputs), sum(parameter.nbytes for parameter in model.parameters())
+    model.lay_out().double().float()
+    torch.testing.assert_close(model(*inputs), expected)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in model.parameters()}
+    assert sum(storages.values()) < 1.1 * bytes_, "more than what fills rows up"
+    blocks: Any = model.blocks
+    assert all(block.attn.qkv.weight.data_ptr() == block.attn.joint.weight.data_ptr() for block in blocks)
