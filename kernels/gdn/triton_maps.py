@@ -1,8 +1,9 @@
-"""`frame_maps` in Triton: a program reduces a frame's tokens, of one head, to one of the frame's two matrices.
+"""`frame_maps` in Triton: a program reduces a frame's tokens, of one head, to the frame's two matrices; or, where
+nobody wants a gradient, to one of them.
 
-A is D x D and U is V x D, in registers; tokens pass by in tiles. Backwards, where a program has both, with P = K^T
-diag(b) K and Q = dP + dP^T, a tile's dK = b (K Q + V dU) and dV = b K dU^T; and db = (K Q + V dU, K) / 2 +
-(K dU^T, V) / 2 by rows, because (V dU, K) = (K dU^T, V).
+A is D x D and U is V x D, in registers; tokens pass by in tiles. Backwards, with P = K^T diag(b) K and Q = dP + dP^T,
+a tile's dK = b (K Q + V dU) and dV = b K dU^T; and db = (K Q + V dU, K) / 2 + (K dU^T, V) / 2 by rows, because
+(V dU, K) = (K dU^T, V).
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ def _forward(
     k_token, v_token, tokens, heads, k_head: tl.constexpr, v_head: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The third axis of the grid: a program for the transition, and one for the increment."""
     frame, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
+    d, c, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+    erased = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    written = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
+    for start in range(0, tokens, BLOCK_S):
+        inside = start + s < tokens
+        token = (frame * tokens + start + s)[:, None]
+        k = tl.load(k_ptr + token * k_token + head * k_head + d[None, :], inside[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(v_ptr + token * v_token + head * v_head + c[None, :], inside[:, None] & (c < V)[None, :], 0.0)
+        beta = tl.load(beta_ptr + token * heads + head, inside[:, None], 0.0)
+        weighted = (k.to(tl.float32) * beta).to(k.dtype)
+        erased = tl.dot(tl.trans(k), weighted, erased, input_precision=PRECISION)
+        written = tl.dot(tl.trans(v), weighted, written, input_precision=PRECISION)
     at = frame * heads + head
-    k_ptr += frame * tokens * k_token + head * k_head
-    v_ptr += frame * tokens * v_token + head * v_head
-    beta_ptr += frame * tokens * heads + head
-    if tl.program_id(2) == 0:
-        _transition(
-            k_ptr, k_token, beta_ptr, decay_ptr + at, transition_ptr + at * D * D, heads, tokens, D, BLOCK_D, BLOCK_S,
-            False, PRECISION,
-        )  # fmt: skip
-    else:
-        c = tl.arange(0, BLOCK_V)
-        written, _ = _product(
-            v_ptr, v_token, k_ptr, k_token, beta_ptr, heads, tokens, V, BLOCK_V, D, BLOCK_D, BLOCK_S, False, PRECISION
-        )
-        inside = (c < V)[:, None] & (d < D)[None, :]
-        tl.store(increment_ptr + at * V * D + c[:, None] * D + d[None, :], written, inside)
+    decay = tl.load(decay_ptr + at)
+    identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
+    square = (d < D)[:, None] & (d < D)[None, :]
+    tl.store(transition_ptr + at * D * D + d[:, None] * D + d[None, :], decay * (identity - erased), square)
+    tl.store(increment_ptr + at * V * D + c[:, None] * D + d[None, :], written, (c < V)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -80,9 +81,8 @@ def _every(
         else:
             v_ptr += frame * tokens * v_token + head * D
             written, _ = _product(
-                v_ptr, v_token, k_ptr, k_token, beta_ptr + offset, heads, tokens, D, BLOCK_D, D, BLOCK_D, BLOCK_S,
-                False, PRECISION,
-            )  # fmt: skip
+                v_ptr, v_token, k_ptr, k_token, beta_ptr + offset, heads, tokens, D, BLOCK_D, BLOCK_S, False, PRECISION
+            )
             square = (d < D)[:, None] & (d < D)[None, :]
             tl.store(increment_ptr + at * D * D + d[:, None] * D + d[None, :], written, square)
 
@@ -95,7 +95,7 @@ def _transition(
     """Store decay (I - K^T diag(beta) K); the sums of `_product`."""
     d = tl.arange(0, BLOCK_D)
     erased, sums = _product(
-        k_ptr, k_token, k_ptr, k_token, beta_ptr, heads, tokens, D, BLOCK_D, D, BLOCK_D, BLOCK_S, SUMS, PRECISION
+        k_ptr, k_token, k_ptr, k_token, beta_ptr, heads, tokens, D, BLOCK_D, BLOCK_S, SUMS, PRECISION
     )
     identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0)
     square = (d < D)[:, None] & (d < D)[None, :]
@@ -105,18 +105,18 @@ def _transition(
 
 @triton.jit
 def _product(
-    x_ptr, x_token, k_ptr, k_token, beta_ptr, heads, tokens, X: tl.constexpr, BLOCK_X: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, x_token, k_ptr, k_token, beta_ptr, heads, tokens, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X^T diag(beta) K over a frame's tokens; if SUMS, also of X = 1, else zeros."""
-    c, d, s = tl.arange(0, BLOCK_X)[None, :], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_S)[:, None]
-    product, sums = tl.zeros([BLOCK_X, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    d, s = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_S)[:, None]
+    product, sums = tl.zeros([BLOCK_D, BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, tokens, BLOCK_S):
         token = (start + s).to(tl.int64)
-        inside = token < tokens
-        x = tl.load(x_ptr + token * x_token + c, inside & (c < X), 0.0)
-        k = tl.load(k_ptr + token * k_token + d, inside & (d < D), 0.0)
-        beta = tl.load(beta_ptr + token * heads, inside, 0.0)
+        inside = (token < tokens) & (d < D)
+        x = tl.load(x_ptr + token * x_token + d, inside, 0.0)
+        k = tl.load(k_ptr + token * k_token + d, inside, 0.0)
+        beta = tl.load(beta_ptr + token * heads, token < tokens, 0.0)
         weighted = (k.to(tl.float32) * beta).to(k.dtype)
         product = tl.dot(tl.trans(x), weighted, product, input_precision=PRECISION)
         if SUMS:
@@ -188,7 +188,7 @@ class FrameMaps(torch.autograd.Function):
         transition = torch.empty(len(branches) // 3 * b, t, h, d, d, device=decay.device)
         increment = torch.empty(len(branches) // 3 * b, t, h, rows, d, device=decay.device)
         for (k, v, beta), *maps in zip(_threes(branches), transition.split(b), increment.split(b), strict=True):
-            _forward[b * t, h, 2](k, v, beta, decay, *maps, *_layout(k, v), num_warps=warps(padded(d)))
+            _forward[b * t, h](k, v, beta, decay, *maps, *_layout(k, v), num_warps=warps(padded(d)))
         ctx.save_for_backward(decay, transition, *branches)
         return transition, increment
 
