@@ -114,6 +114,12 @@ def contiguous_tokens(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
+def even_rows(x: Tensor) -> Tensor:
+    """x (B, N, C), copied unless its channels lie together and all tokens evenly, as in a part of a product."""
+    even = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if even else x.contiguous()
+
+
 def by_token(x: Tensor) -> tuple[Tensor, int]:
     """x (B, T, S, H, D), copied unless heads follow one another and tokens lie evenly; and how far these are apart."""
     x = contiguous_tokens(x)

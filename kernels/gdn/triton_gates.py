@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.kernels.launch import even_rows
+
 
 @triton.jit
 def _gates(
@@ -46,8 +48,7 @@ def gates(
     decay = torch.empty(b, frames, heads, device=projected.device)
     camera = None if inflation is None else torch.empty_like(beta)
     inflation = None if inflation is None else inflation.contiguous()
-    regular = projected.stride(2) == 1 and (b == 1 or projected.stride(0) == n * projected.stride(1))
-    projected = projected if regular else projected.contiguous()
+    projected = even_rows(projected)
     _gates[b * frames, heads](
         projected, dt_bias, a_log, inflation, beta, decay, camera, projected.stride(1), n // frames, heads, 1024,
         num_warps=4,

@@ -130,8 +130,7 @@ class ReadStates(torch.autograd.Function):
         b, t, s, h, _ = q.shape
         out = q.new_empty(b, t, s, h, states.shape[-2])
         layout = _layout(q, plain, states, eps, most=_TOKENS)
-        stretches = max(1, min(triton.cdiv(s, layout[-3]), _PROGRAMS // (b * t * h)))
-        stretch = triton.cdiv(triton.cdiv(s, stretches), layout[-3]) * layout[-3]
+        stretch = _stretch(s, layout[-3], b * t * h)
         _forward[b * t, h, triton.cdiv(s, stretch)](q, states, plain, mass, out, stretch, *layout, num_warps=_WARPS)
         ctx.save_for_backward(q, states, plain, mass)
         ctx.eps = eps
@@ -162,14 +161,19 @@ def read_both(
     (q, token), (plain, plain_token), (camera_q, camera_token) = (by_token(x) for x in (q, plain, camera_q))
     out, camera_out = (torch.empty(b, t, s, h, d, dtype=q.dtype, device=q.device) for _ in range(2))
     block_s = tile(s, 2 * padded(d), q.element_size())
-    stretches = max(1, min(triton.cdiv(s, block_s), _PROGRAMS // (b * t * h)))
-    stretch = triton.cdiv(triton.cdiv(s, stretches), block_s) * block_s
+    stretch = _stretch(s, block_s, b * t * h)
     _both[2 * b * t, h, triton.cdiv(s, stretch)](
         q, plain, camera_q, states.contiguous(), camera_states.contiguous(), mass.contiguous(), out, camera_out,
         stretch, token, plain_token, camera_token, s, b * t, h, eps, d, padded(d), block_s, precision(),
         num_warps=_WARPS,
     )  # fmt: skip
     return out, camera_out
+
+
+def _stretch(tokens: int, block_s: int, heads: int) -> int:
+    """Tokens of a program, whole tiles of them, where there are so many heads in all frames."""
+    stretches = max(1, min(triton.cdiv(tokens, block_s), _PROGRAMS // heads))
+    return triton.cdiv(triton.cdiv(tokens, stretches), block_s) * block_s
 
 
 def _layout(q: Tensor, plain: Tensor | None, states: Tensor, eps: float, most: int) -> tuple:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longtake.kernels.launch import even_rows
 from longtake.kernels.modulate.triton_modulate import frame_rows, load, store
 
 _ROWS, _CHANNELS = 16, 256  # a tile of `gated`
@@ -70,10 +71,8 @@ def _gated_backward(
 def _output_gate(out_ptr, gate_ptr, camera_ptr, to_ptr, elements, gate_row, C: tl.constexpr, BLOCK: tl.constexpr):
     start, at = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
     inside = start + at < elements
-    out, gate = (
-        load(out_ptr + start, at, inside),
-        load(gate_ptr, (start + at) // C * gate_row + (start + at) % C, inside),
-    )
+    gate_at = (start + at) // C * gate_row + (start + at) % C
+    out, gate = load(out_ptr + start, at, inside), load(gate_ptr, gate_at, inside)
     if camera_ptr is not None:
         out += load(camera_ptr + start, at, inside)
     store(to_ptr + start, at, out * gate * tl.sigmoid(gate), inside)
@@ -130,13 +129,11 @@ class OutputGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, gate: Tensor, camera: Tensor | None) -> Tensor:
-        b, n, c = gate.shape
-        rows = gate.stride(2) == 1 and (b == 1 or gate.stride(0) == n * gate.stride(1))
-        gate = gate if rows and not any(ctx.needs_input_grad) else gate.contiguous()  # it may be a part of a product
+        gate = gate.contiguous() if any(ctx.needs_input_grad) else even_rows(gate)
         out, camera = (None if t is None else t.contiguous() for t in (out, camera))
         gated = torch.empty_like(gate, memory_format=torch.contiguous_format)
         _output_gate[triton.cdiv(gate.numel(), _ELEMENTS),](
-            out, gate, camera, gated, gate.numel(), gate.stride(1), c, _ELEMENTS
+            out, gate, camera, gated, gate.numel(), gate.stride(1), gate.shape[2], _ELEMENTS
         )  # fmt: skip
         ctx.save_for_backward(out, gate, camera)
         return gated
