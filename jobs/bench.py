@@ -182,12 +182,12 @@ class Pair:
         with torch.no_grad():
             self.ours(*self._inputs(frames))
         del attention.mix
-        x, main, camera, at = given[0]
+        x, main, camera, at, others = given[0]
         leaves = [tensor.detach().requires_grad_() for tensor in (*main, *camera)]
 
         def run(backward: bool) -> None:
             with torch.set_grad_enabled(backward):
-                out, out_camera = mix(x, tuple(leaves[:3]), tuple(leaves[3:]), at)
+                out, out_camera = mix(x, tuple(leaves[:3]), tuple(leaves[3:]), at, others)
                 if backward:
                     torch.autograd.grad([out.float().sum() + out_camera.float().sum()], leaves)
 
