@@ -57,7 +57,8 @@ def cluster(root, s3_server) -> Iterator[dict[str, str]]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)  # a shell in the background ignores SIGINT, and so do its children
-        child.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.communicate(timeout=3)  # Ray itself would wait for half a minute
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
 
