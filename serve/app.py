@@ -12,7 +12,6 @@ from longtake.serve.stages import Decode, Refine, Stage1, Text
 from longtake.serve.videos import Videos
 
 VIDEOS_CPUS = 0.5
-_DRAIN_SECONDS = 30.0  # that a replica which is to end may go on with what it has
 
 
 def build(given: dict[str, Any]) -> Application:
@@ -22,7 +21,7 @@ def build(given: dict[str, Any]) -> Application:
 
 def application(settings: Settings) -> Application:
     """Of settings that were checked."""
-    drain: dict[str, Any] = dict(graceful_shutdown_timeout_s=_DRAIN_SECONDS)
+    drain: dict[str, Any] = dict(graceful_shutdown_timeout_s=settings.drain)
     text = Text.options(**settings.text.options(), **drain).bind(settings)
     stage1 = Stage1.options(**settings.stage1.options(), **drain).bind(settings)
     refiner = None

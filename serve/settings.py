@@ -65,7 +65,8 @@ class Settings(_Strict):
     max_seconds: of a video. max_running: videos that are made at once; max_queued: that wait, of all keys together.
     max_upload: bytes of a request's body. max_sessions: live ones at once; session_idle: seconds without a word after
     which one ends; look_ahead: chunks whose actions may wait for the one that is being made. stalled: seconds without a
-    word of any stage after which a video is begun anew, from what is there of it.
+    word of any stage after which a video is begun anew, from what is there of it. drain: seconds that a stage which is to
+    end may go on with what it has.
     """
 
     preset: str = "tiny-streaming"
@@ -85,6 +86,7 @@ class Settings(_Strict):
     session_idle: float = Field(default=60.0, gt=0)
     look_ahead: int = Field(default=2, ge=0)
     stalled: float = Field(default=120.0, gt=0)
+    drain: float = Field(default=30.0, ge=0)
     api: Scaling = Scaling(together=64, num_cpus=0.5)
     text: Scaling = Scaling(together=4, num_cpus=0.5)
     stage1: Scaling = Scaling(most=2, together=4)

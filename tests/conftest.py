@@ -231,6 +231,7 @@ def ray_cluster(s3_server: str) -> Iterator[str]:
         environment.delenv("RAY_ADDRESS", raising=False)
         # How often Ray Train looks at its workers: else every run of a test waits for seconds at its end.
         environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        environment.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more, of no use here
         ray_cluster.connect(num_cpus=8)
         address = ray.get_runtime_context().gcs_address
         environment.setenv("RAY_ADDRESS", address)

@@ -112,7 +112,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 # So large an attention gains nothing from what is compiled around it.
-_by_the_fastest: Any = torch.compiler.disable(_fastest)
+_by_the_fastest: Any = torch._disable_dynamo(_fastest)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Choice:

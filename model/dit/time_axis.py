@@ -151,4 +151,4 @@ def _of_each_clip(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dt
     return torch.cat(parts)
 
 
-_each_clip_alone: Any = torch.compiler.disable(_of_each_clip)  # lengths would each be compiled
+_each_clip_alone: Any = torch._disable_dynamo(_of_each_clip)  # lengths would each be compiled

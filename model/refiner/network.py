@@ -14,9 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import FeedForward
-from diffusers.models.embeddings import PixArtAlphaTextProjection
-from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend
@@ -105,6 +102,8 @@ class Block(nn.Module):
     """Attention to the window, to the text, feed-forward; modulated once a latent frame."""
 
     def __init__(self, size: int, heads: int):
+        from diffusers.models.attention import FeedForward  # seconds of imports, which only a refiner needs
+
         super().__init__()
         self.attn1, self.attn2 = Attention(size, heads), Attention(size, heads)
         self.ff = FeedForward(size, activation_fn="gelu-approximate")
@@ -159,6 +158,9 @@ class VideoTransformer(nn.Module):
     checkpoint_blocks = False
 
     def __init__(self, channels: int, heads: int, head_dim: int, num_layers: int, text_dim: int):
+        from diffusers.models.embeddings import PixArtAlphaTextProjection
+        from diffusers.models.normalization import AdaLayerNormSingle
+
         super().__init__()
         size = heads * head_dim
         self.heads = heads

@@ -46,7 +46,8 @@ def start(proxy: str) -> Callable[..., str]:
     def run(store: Path, prefix: str = "/", **settings: Any) -> str:
         digests = [{"name": n, "sha256": hashlib.sha256(k.encode()).hexdigest(), "videos": 3} for n, k in KEYS.items()]
         (store / "keys.json").write_text(json.dumps({"keys": digests}))
-        given = dict(store=str(store), keys=str(store / "keys.json")) | settings
+        # Where stages end together, one may wait for another that has ended.
+        given = dict(store=str(store), keys=str(store / "keys.json"), drain=3) | settings
         serve.run(build(given), name="longtake", route_prefix=prefix)
         url = proxy + prefix.rstrip("/")
         while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
