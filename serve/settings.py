@@ -65,8 +65,8 @@ class Settings(_Strict):
     max_seconds: of a video. max_running: videos that are made at once; max_queued: that wait, of all keys together.
     max_upload: bytes of a request's body. max_sessions: live ones at once; session_idle: seconds without a word after
     which one ends; look_ahead: chunks whose actions may wait for the one that is being made. stalled: seconds without a
-    word of any stage after which a video is begun anew, from what is there of it. drain: seconds that a stage which is to
-    end may go on with what it has.
+    word of any stage after which a video is begun anew, from what is there of it. drain: seconds that a stage which is
+    to end may go on with what it has.
     """
 
     preset: str = "tiny-streaming"

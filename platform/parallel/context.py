@@ -27,7 +27,7 @@ from longtake.platform.parallel.ring import ring_attention
 from longtake.platform.parallel.scan import shared_scan
 
 AttentionExchange = Literal["heads", "ring"]
-_eager: Any = torch._disable_dynamo  # compiled blocks are cut here
+_eager: Any = torch.compiler.disable  # compiled blocks are cut here
 
 
 class ContextParallel(TimeAxis):

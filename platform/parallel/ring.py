@@ -56,7 +56,7 @@ class _RingAttention(torch.autograd.Function):
         return None, None, None, grad_q.to(q.dtype), grad_k, grad_v
 
 
-_ring_attention: Any = torch._disable_dynamo(_RingAttention.apply)  # compiled blocks are cut here
+_ring_attention: Any = torch.compiler.disable(_RingAttention.apply)  # compiled blocks are cut here
 
 
 def ring_attention(peers: Peers, tokens: Sequence[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

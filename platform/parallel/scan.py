@@ -110,7 +110,7 @@ def _applied(each: Tensor, state: Tensor) -> Tensor:
     return state @ each[..., rows:, :] + each[..., :rows, :]
 
 
-_shared_scan: Any = torch._disable_dynamo(_SharedScan.apply)  # compiled blocks are cut here
+_shared_scan: Any = torch.compiler.disable(_SharedScan.apply)  # compiled blocks are cut here
 
 
 def shared_scan(peers: Peers, transition: Tensor, increment: Tensor, both: bool = True) -> Tensor:

@@ -128,6 +128,24 @@ def test_a_video_is_seen_before_it_is_whole_then_saved_and_deleted(opened, serve
     assert videos(server) == []
 
 
+def test_an_image_that_was_chosen_while_others_come_stays_chosen(opened, server):
+    page = opened("/docs")
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        if len(asked) != 3:
+            route.continue_()
+
+    page.route("**/v1/images/*", answer)
+    page.goto(f"{server}/")
+    expect(page.locator("#images img")).to_have_count(2, timeout=PATIENCE)
+    page.locator("#images [value=courtyard]").check(force=True)
+    asked[2].continue_()
+    expect(page.locator("#images img")).to_have_count(4, timeout=PATIENCE)
+    expect(page.locator("#images [value=courtyard]")).to_be_checked()
+
+
 def test_a_session_turns_where_it_is_steered(opened, server):
     page = opened()
     chunks: list[dict[str, Any]] = []
@@ -137,6 +155,7 @@ def test_a_session_turns_where_it_is_steered(opened, server):
             chunks.append(message)
 
     page.on("websocket", lambda socket: socket.on("framereceived", hear))
+    expect(page.locator("#images img")).to_have_count(4, timeout=PATIENCE)  # a tile moves while others come
     page.locator("#images [value=courtyard]").check(force=True, timeout=PATIENCE)
     page.get_by_text("Live", exact=True).click()
     page.get_by_role("button", name="Begin the take").click()
