@@ -133,6 +133,19 @@ def test_the_model_needs_neither_ray_nor_deepspeed(root):
         "    importlib.import_module(module.name)\n"
         "print(*{'ray', 'deepspeed'} & set(sys.modules))"
     )
+    assert printed_by(script, root) == ""
+
+
+@pytest.mark.parametrize("module", ["model.pipeline", "platform.train.run", "platform.search.actors", "serve.app"])
+def test_a_process_that_builds_nothing_yet_imports_neither_the_compiler_nor_diffusers(root, module):
+    """Seconds, of each of the many processes of a job."""
+    wrong = "{'torch._dynamo', 'diffusers', 'transformers'}"
+    script = f"import sys, longtake.{module}; print(*{wrong} & set(sys.modules))"
+    assert printed_by(script, root) == ""
+
+
+def printed_by(script: str, root: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert (child.returncode, child.stdout.strip()) == (0, ""), child.stderr
+    assert child.returncode == 0, child.stderr
+    return child.stdout.strip()
