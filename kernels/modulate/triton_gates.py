@@ -1,4 +1,4 @@
-"""`gated` and `output_gate` in Triton: tiles that read everything once and write it once.
+"""`gated` and `output_gate` in Triton: flat tiles, that read everything once and write it once.
 
 A tile of `gated` lies within a frame, so that it meets one row of the gate.
 """
@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from longtake.kernels.launch import even_rows
 from longtake.kernels.modulate.triton_modulate import frame_rows, load, store
 
-_ROWS, _CHANNELS = 16, 256  # a tile
-_TILES = 4  # of a program of `gated`'s backward pass
-_ELEMENTS = 2048  # of a program of `output_gate`'s, whose rows all follow one another
+_ROWS, _CHANNELS = 16, 256  # a tile of `gated`
+_TILES = 4  # of a program of its backward pass
+_ELEMENTS = 2048  # of a program of `output_gate`
 
 
 @triton.jit
@@ -68,15 +68,11 @@ def _gated_backward(
 
 
 @triton.jit
-def _output_gate(
-    out_ptr, gate_ptr, camera_ptr, to_ptr, tokens, gate_row, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    first, rows = tl.program_id(1) * ROWS, tl.arange(0, ROWS)[:, None]
-    row = tl.program_id(2).to(tl.int64) * tokens + first
-    start, at = row * C, rows * C + c[None, :]
-    inside = (first + rows < tokens) & (c < C)[None, :]
-    out, gate = load(out_ptr + start, at, inside), load(gate_ptr + row * gate_row, rows * gate_row + c[None, :], inside)
+def _output_gate(out_ptr, gate_ptr, camera_ptr, to_ptr, elements, gate_row, C: tl.constexpr, BLOCK: tl.constexpr):
+    start, at = tl.program_id(0).to(tl.int64) * BLOCK, tl.arange(0, BLOCK)
+    inside = start + at < elements
+    gate_at = (start + at) // C * gate_row + (start + at) % C
+    out, gate = load(out_ptr + start, at, inside), load(gate_ptr, gate_at, inside)
     if camera_ptr is not None:
         out += load(camera_ptr + start, at, inside)
     store(to_ptr + start, at, out * gate * tl.sigmoid(gate), inside)
@@ -136,9 +132,9 @@ class OutputGate(torch.autograd.Function):
         gate = gate.contiguous() if any(ctx.needs_input_grad) else even_rows(gate)
         out, camera = (None if t is None else t.contiguous() for t in (out, camera))
         gated = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        clips, tokens, _ = gate.shape
-        grid, sizes = _tiles(gate, tokens, clips, _ROWS)
-        _output_gate[grid](out, gate, camera, gated, tokens, gate.stride(1), *sizes)
+        _output_gate[triton.cdiv(gate.numel(), _ELEMENTS),](
+            out, gate, camera, gated, gate.numel(), gate.stride(1), gate.shape[2], _ELEMENTS
+        )  # fmt: skip
         ctx.save_for_backward(out, gate, camera)
         return gated
 
