@@ -183,9 +183,9 @@ class ChunkCausal(TimeAxis):
             raise ValueError("chunk-causal attention reads padding as if it were real: give clips of one length")
         if dtype.itemsize > 1:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        area = q.shape[1] // sum(self.sizes)
-        self._leave(part, k, v)
+        tokens, area = q.shape[1], q.shape[1] // sum(self.sizes)
         k, v = self._after_past(part, k, v)
+        self._leave(part, k[:, -tokens:], v[:, -tokens:])
         outs: list[Tensor] = []
         for chunk, queries in enumerate(q.split([area * size for size in self.sizes], 1), self.past.chunks):
             runs = self._seen(chunk, area)
@@ -220,7 +220,8 @@ class ChunkCausal(TimeAxis):
 
     def _leave(self, part: str, *trace: Tensor) -> None:
         if self.left is not None and not torch.is_grad_enabled():
-            self.left[self._block, part] = tuple(x.clone() for x in trace)  # these may be parts of activations
+            # These may be parts of activations; `after` copies keys and values anyway.
+            self.left[self._block, part] = trace if part in KEYS else tuple(x.clone() for x in trace)
 
 
 def _joined(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:

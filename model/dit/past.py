@@ -13,7 +13,7 @@ from torch import Tensor
 from longtake.kernels.ucpe import encode
 from longtake.kernels.ucpe.reference import rotate
 from longtake.model.dit.positions import RotaryTable
-from longtake.model.state import KEYS, StreamState, Traces, joined
+from longtake.model.state import KEYS, StreamState, Traces
 
 _ROTATED = "main", "main camera"  # states by keys that are rotated
 
@@ -25,51 +25,41 @@ def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Tra
     """
     found = {}
     for (block, part), trace in past.traces.items():
-        turned = _turned(past, trace, part, frames, rotary)
+        turned = trace
         if part in KEYS:
-            area = trace[0].shape[1] // sum(size for _, size, _ in past.kept)
-            turned = tuple(_with_room(x, area * frames) for x in turned)
+            assert rotary is not None
+            turned = _keys(past, trace, part, frames, rotary)
+        elif part in _ROTATED:
+            assert rotary is not None
+            turned = (_state(trace[0], part, *rotary.turn(past.frames - past.origin, trace[0].device)),)
         found[block, part] = turned
     return found
 
 
-def _with_room(x: Tensor, more: int) -> Tensor:
-    whole = x.new_empty(x.shape[0], x.shape[1] + more, *x.shape[2:])
-    whole[:, : x.shape[1]] = x
-    return whole
-
-
-def _turned(
-    past: StreamState, trace: tuple[Tensor, ...], part: str, frames: int, rotary: RotaryTable | None
-) -> tuple[Tensor, ...]:
-    if part in _ROTATED:
-        assert rotary is not None
-        return (_state(trace[0], part, *rotary.turn(past.frames - past.origin, trace[0].device)),)
-    if part not in KEYS:
-        return trace
-    assert rotary is not None
-    clips = max((len(origin) for *_, origin in past.kept if isinstance(origin, tuple)), default=1)
-    alone = zip(*(x.unflatten(0, (-1, clips)).unbind(1) for x in trace), strict=True)
-    turned = [_keys(past, k, v, part, frames, rotary, clip) for clip, (k, v) in enumerate(alone)]
-    return tuple(joined(each) for each in zip(*turned, strict=True))
-
-
 def _keys(
-    past: StreamState, k: Tensor, v: Tensor, part: str, frames: int, rotary: RotaryTable, clip: int
-) -> tuple[Tensor, Tensor]:
-    """Of one of the clips, as far as it is long ago; the camera's values are rotated too."""
-    camera = part != "keys"
-    area = k.shape[1] // sum(size for _, size, _ in past.kept)
-    turns = []
-    for _, size, origin in past.kept:
-        since = origin[clip] if isinstance(origin, tuple) else origin
-        ago = min(past.frames - since, rotary.max_positions - frames)
-        turns.append(rotary.turn(ago, k.device)[camera].expand(area * size, -1, -1))
-    back, unmoved = torch.cat(turns), None
-    if camera:
-        unmoved = torch.eye(4, device=k.device).expand(1, k.shape[1], 4, 4).contiguous()
-        v = encode(v, back, matrix=unmoved, inverse_rope=True)[0].to(v.dtype)
-    return encode(k, back, matrix=unmoved, inverse_rope=True)[0].to(k.dtype), v
+    past: StreamState, trace: tuple[Tensor, ...], part: str, frames: int, rotary: RotaryTable
+) -> tuple[Tensor, ...]:
+    """Each clip's as far as they are long ago; the camera's values are rotated too."""
+    known, area = trace[0].shape[1], trace[0].shape[1] // sum(size for _, size, _ in past.kept)
+    rooms = tuple(x.new_empty(x.shape[0], known + area * frames, *x.shape[2:]) for x in trace)
+    clips = max((len(origin) for *_, origin in past.kept if isinstance(origin, tuple)), default=1)
+    for clip in range(clips):
+        k, v = (x[clip::clips] for x in trace)
+        to_k, to_v = (x[clip::clips, :known] for x in rooms)
+        turns = []
+        for _, size, origin in past.kept:
+            since = origin[clip] if isinstance(origin, tuple) else origin
+            ago = min(past.frames - since, rotary.max_positions - frames)
+            turns.append(rotary.turn(ago, k.device)[part != "keys"].expand(area * size, -1, -1))
+        back, unmoved = torch.cat(turns), None
+        if part != "keys":
+            unmoved = torch.eye(4, device=k.device).expand(1, known, 4, 4).contiguous()
+            v, *_ = encode(v, back, matrix=unmoved, inverse_rope=True, into=to_v)
+        k, *_ = encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
+        for room, x in ((to_k, k), (to_v, v)):
+            if room.data_ptr() != x.data_ptr():
+                room.copy_(x)
+    return rooms
 
 
 def _state(state: Tensor, part: str, whole: Tensor, half: Tensor) -> Tensor:
