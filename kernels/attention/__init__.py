@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtake.kernels.attention import float8
-from longtake.kernels.launch import fused, gpu_alone
+from longtake.kernels.launch import fused, gpu_alone, uncompiled
 
 _HEAD_START = 10_000_000  # cycles that a GPU waits, while the CPU issues the calls that are timed: these may be short
 _LEAST_WORK = 1 << 33  # multiplications below which torch's own choice is not worth questioning
@@ -112,7 +111,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 # So large an attention gains nothing from what is compiled around it.
-_by_the_fastest: Any = torch._disable_dynamo(_fastest)
+_by_the_fastest = uncompiled(_fastest)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Choice:

@@ -23,16 +23,20 @@ def encode(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(encoded, plain, inflation) of projected features, see `reference.encode`; the latter two where they are wanted.
 
-    Triton computes it where `launch.fused` says so, its outputs in x's dtype, what is encoded `into` memory for it
-    where that is contiguous.
+    into: memory that what is encoded is put in, and returned as. Triton computes where `launch.fused` says so, its
+    outputs in x's dtype.
     """
     if fused(x):
         from longtake.kernels.ucpe.triton_encode import Encode
 
         options = (relu, scale, downscale, inverse_rope, reference.EPS)
         matrix = matrix if matrix is None or len(matrix) == len(x) else matrix.expand(len(x), -1, -1, -1).contiguous()
-        if into is not None and not (into.is_contiguous() and into.dtype == x.dtype):
-            into = None
-        return apply(Encode, x, weight, matrix, rope, options, (plain, inflation), into)
-    before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
-    return encoded, before if plain else None, reference.inflation(before, encoded) if inflation else None
+        there = into if into is not None and into.is_contiguous() and into.dtype == x.dtype else None
+        encoded, before, grown = apply(Encode, x, weight, matrix, rope, options, (plain, inflation), there)
+        if there is not None:
+            return encoded, before, grown
+    else:
+        before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
+        grown = reference.inflation(before, encoded) if inflation else None
+        before = before if plain else None
+    return encoded if into is None else into.copy_(encoded), before, grown

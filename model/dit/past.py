@@ -52,13 +52,12 @@ def _keys(
             ago = min(past.frames - since, rotary.max_positions - frames)
             turns.append(rotary.turn(ago, k.device)[part != "keys"].expand(area * size, -1, -1))
         back, unmoved = torch.cat(turns), None
-        if part != "keys":
+        if part == "keys":
+            to_v.copy_(v)
+        else:
             unmoved = torch.eye(4, device=k.device).expand(1, known, 4, 4).contiguous()
-            v, *_ = encode(v, back, matrix=unmoved, inverse_rope=True, into=to_v)
-        k, *_ = encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
-        for room, x in ((to_k, k), (to_v, v)):
-            if room.data_ptr() != x.data_ptr():
-                room.copy_(x)
+            encode(v, back, matrix=unmoved, inverse_rope=True, into=to_v)
+        encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
     return rooms
 
 

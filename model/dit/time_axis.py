@@ -5,7 +5,6 @@ padded to the length of another.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from longtake.kernels.attention import attend, attend_float8
 from longtake.kernels.gdn import bidirectional_states
+from longtake.kernels.launch import uncompiled
 from longtake.model.state import Traces
 
 # Of frames of x, from that one on, as far as they are asked for. Frames before them may be given too, and what was made
@@ -151,4 +151,4 @@ def _of_each_clip(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dt
     return torch.cat(parts)
 
 
-_each_clip_alone: Any = torch._disable_dynamo(_of_each_clip)  # lengths would each be compiled
+_each_clip_alone = uncompiled(_of_each_clip)  # lengths would each be compiled

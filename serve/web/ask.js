@@ -54,7 +54,7 @@ export class Ask {
       this.#tile(id, await (await ask(`v1/images/${encodeURIComponent(id)}`)).blob(), prompt);
       $("#licence").textContent = licence && `These are under ${licence}.`;
     }
-    if (data.length && !this.#chosen) this.#choose(data[0].id);
+    if (data.length && !this.#start) this.#choose(data[0].id);
   }
 
   #tile(id, file, prompt) {
@@ -65,13 +65,13 @@ export class Ask {
     $("#images .own").before(element("label", { className: "tile" }, radio, image));
   }
 
-  get #chosen() {
+  get #start() {
     return this.#form.querySelector("[name=start]:checked")?.value;
   }
 
   /** The image as a file. An error when none was chosen. */
   get image() {
-    const id = this.#chosen;
+    const id = this.#start;
     if (id === undefined) throw new Error("Choose an image to begin at.");
     return this.#images.get(id).file;
   }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longtake.kernels import ucpe
 from longtake.kernels.ucpe import reference
 from longtake.kernels.ucpe.triton_encode import Encode
 
@@ -48,6 +49,18 @@ def test_encode(device, name, sizes, dtype):
         for ours, theirs in zip(*grads, strict=True):
             assert ours.dtype == theirs.dtype
             assert error(ours, theirs) < TOLERANCE[dtype], used
+
+
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("clips", [1, 2])  # of one, the room lies together
+@torch.no_grad()
+def test_what_is_encoded_is_put_where_there_is_room(device, clips, triton, monkeypatch):
+    monkeypatch.setattr(ucpe, "fused", lambda *_: triton)
+    x, rope = torch.randn(clips, 3, 2, 8, device=device), torch.randn(3, 4, 2, device=device)
+    whole = torch.full((clips, 5, 2, 8), torch.nan, device=device)
+    encoded, *_ = ucpe.encode(x, rope, into=whole[:, :3])
+    assert encoded.data_ptr() == whole.data_ptr() and encoded.shape == x.shape
+    assert torch.equal(whole[:, :3], ucpe.encode(x, rope)[0]) and whole[:, 3:].isnan().all()
 
 
 def error(found, true):
