@@ -110,12 +110,14 @@ class ChunkStream:
     def _context_of(self, x: Tensor, sizes: Sequence[int]) -> Context:
         axis = self._axis_of(sizes)
         if self._context is None:
-            self._context = self._placed(x, self.text, axis).for_steps(self.model)
+            self._context = self._placed(x, self.text, axis, for_steps=True)
         return self._context
 
-    def _placed(self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: ChunkCausal) -> Context:
+    def _placed(
+        self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: ChunkCausal, for_steps: bool = False
+    ) -> Context:
         grid = tuple(x.shape[2:])
-        return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis)
+        return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis, for_steps=for_steps)
 
     def _camera(self, frames: int) -> CameraFeatures | None:
         """Of the next latent frames of the video."""

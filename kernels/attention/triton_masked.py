@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longtake.kernels.launch import padded
+from longtake.kernels.launch import padded, roomy
 
-_QUERIES, _KEYS, _WARPS, _STAGES = 64, 64, 4, 3
+_QUERIES, _KEYS, _WARPS = 64, 64, 4
 
 
 @triton.jit
@@ -55,6 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> Tenso
     out = torch.empty(b, n, h, d, dtype=q.dtype, device=q.device)
     _masked[triton.cdiv(n, _QUERIES), b * h](
         q, k, v, mask.contiguous(), out, n, k.shape[1], *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        scale * math.log2(math.e), d, h, _QUERIES, _KEYS, padded(d), num_warps=_WARPS, num_stages=_STAGES,
+        scale * math.log2(math.e), d, h, _QUERIES, _KEYS, padded(d), num_warps=_WARPS,
+        num_stages=3 if roomy(q) else 2,
     )  # fmt: skip
     return out

@@ -75,14 +75,19 @@ def scan_states(transition: Tensor, increment: Tensor, state: Tensor | None = No
 
 def bidirectional_states(transition: Tensor, increment: Tensor, state: Tensor | None = None) -> Tensor:
     """What every frame reads after a scan in both directions, see `reference.bidirectional_states`."""
-    if fused(transition, increment):
-        from longtake.kernels.gdn.triton_scan import BidirectionalStates, summed
+    return every_state((transition, increment, state))[0]
 
-        if not torch.is_grad_enabled():
-            with torch.cuda.device_of(transition):
-                return summed(transition, increment, state)
-        return apply(BidirectionalStates, transition, increment, state)
-    return reference.bidirectional_states(transition, increment, state)
+
+def every_state(*scans: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
+    """`bidirectional_states` of one scan or two, whose clips may differ in number, and increments in their rows."""
+    if not all(fused(*scan[:2]) for scan in scans):
+        return [reference.bidirectional_states(*scan) for scan in scans]
+    from longtake.kernels.gdn.triton_scan import BidirectionalStates, summed
+
+    if torch.is_grad_enabled():
+        return [apply(BidirectionalStates, *scan) for scan in scans]
+    with torch.cuda.device_of(scans[0][0]):
+        return summed(*scans)
 
 
 def carry(

@@ -100,12 +100,29 @@ def _both_ways(
 
 @triton.jit
 def _summed(
-    transition_ptr, increment_ptr, start_ptr, out_ptr, frames, heads, ROWS: tl.constexpr, D: tl.constexpr,
+    transition_ptr, increment_ptr, start_ptr, out_ptr, programs, other_transition_ptr, other_increment_ptr,
+    other_start_ptr, other_out_ptr, frames, heads, ROWS: tl.constexpr, OTHER_ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One scan by the first `programs`, and by those after them another, if there is one."""
+    number = tl.program_id(0)
+    if number < programs:
+        _sum(transition_ptr, increment_ptr, start_ptr, out_ptr, number, frames, heads, ROWS, D, BLOCK_R, BLOCK_D,
+             PRECISION)  # fmt: skip
+    elif other_out_ptr is not None:
+        _sum(other_transition_ptr, other_increment_ptr, other_start_ptr, other_out_ptr, number - programs, frames,
+             heads, OTHER_ROWS, D, BLOCK_R, BLOCK_D, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _sum(
+    transition_ptr, increment_ptr, start_ptr, out_ptr, number, frames, heads, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of every frame the state forwards after it and backwards before it, which is nothing for the last one."""
-    clip, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    r, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    blocks: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
+    clip, head = (number // blocks // heads).to(tl.int64), number // blocks % heads
+    r, d = number % blocks * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     here, square = (r < ROWS)[:, None] & (d < D)[None, :], (d < D)[:, None] & (d < D)[None, :]
     row, entry = r[:, None] * D + d[None, :], d[:, None] * D + d[None, :]
     first, last = clip * frames * heads + head, frames - 1
@@ -236,17 +253,20 @@ def carry(
     return states, end
 
 
-def summed(transition: Tensor, increment: Tensor, start: Tensor | None) -> Tensor:
-    """`reference.bidirectional_states`, for who wants no gradient."""
-    transition, increment = transition.contiguous(), increment.contiguous()
-    start = None if start is None else start.float().contiguous()
-    b, t, h, rows, d = increment.shape
-    out = torch.empty_like(increment)
-    _summed[triton.cdiv(rows, _ROWS_SUMMED), b * h](
-        transition, increment, start, out, t, h, rows, d, _ROWS_SUMMED, padded(d), _PRECISION, num_warps=_WARPS,
-        num_stages=1,
+def summed(*scans: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
+    """`reference.bidirectional_states` of one scan or two, of equal frames, heads and channels, for who wants no
+    gradient.
+    """
+    given = [tuple(x if x is None else x.float().contiguous() for x in scan) for scan in scans]
+    outs = [torch.empty_like(increment) for _, increment, _ in given]
+    (_, t, h, rows, d), *others = (out.shape for out in outs)
+    other, other_rows = ((*given[1], outs[1]), others[0][3]) if others else ((None,) * 4, 1)
+    programs = [len(out) * h * triton.cdiv(out.shape[3], _ROWS_SUMMED) for out in outs]
+    _summed[(sum(programs),)](
+        *given[0], outs[0], programs[0], *other, t, h, rows, other_rows, d, _ROWS_SUMMED, padded(d), _PRECISION,
+        num_warps=_WARPS, num_stages=_stages(outs[0]),
     )  # fmt: skip
-    return out
+    return outs
 
 
 def to_maps(start: Tensor, states: Sequence[Tensor], adjoints: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from longtake.kernels.launch import apply, fused
@@ -30,13 +31,57 @@ def encode(
         from longtake.kernels.ucpe.triton_encode import Encode
 
         options = (relu, scale, downscale, inverse_rope, reference.EPS)
-        matrix = matrix if matrix is None or len(matrix) == len(x) else matrix.expand(len(x), -1, -1, -1).contiguous()
-        there = into if into is not None and into.is_contiguous() and into.dtype == x.dtype else None
+        matrix = None if matrix is None else _of_clips(matrix, x)
+        there = into if _fits(into, x) else None
         encoded, before, grown = apply(Encode, x, weight, matrix, rope, options, (plain, inflation), there)
-        if there is not None:
-            return encoded, before, grown
     else:
         before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
         grown = reference.inflation(before, encoded) if inflation else None
         before = before if plain else None
-    return encoded if into is None else into.copy_(encoded), before, grown
+    return _put(encoded, into), before, grown
+
+
+def to_rays(
+    branch: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    matrices: tuple[Tensor, Tensor],
+    rope: Tensor,
+    relu: bool = False,
+    scale: float = 1.0,
+    downscale: bool = False,
+    into: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`encode` of a camera branch's projected queries, keys and values, and the keys' inflation.
+
+    weights: of queries and of keys, which ReLU and, of keys alone, `scale` follow; matrices (B, N, 4, 4): the queries',
+    and that of keys and values. into: memory for keys and values.
+    """
+    q, k, v = branch
+    if fused(q, k, v) and not torch.is_grad_enabled():
+        from longtake.kernels.ucpe import triton_encode
+
+        made = [to if _fits(to, x) else x.new_empty(x.shape) for to, x in zip((None, *into), branch, strict=True)]
+        matrices = _of_clips(matrices[0], q), _of_clips(matrices[1], q)
+        with torch.cuda.device_of(q):
+            grown = triton_encode.to_rays(
+                branch, weights, matrices, rope, (relu, scale, downscale, reference.EPS), made
+            )
+        return made[0], _put(made[1], into[0]), _put(made[2], into[1]), grown
+    q, *_ = encode(q, rope, weights[0], matrices[0], relu, downscale=downscale)
+    k, _, grown = encode(k, rope, weights[1], matrices[1], relu, scale, downscale, inflation=True, into=into[0])
+    v, *_ = encode(v, rope, matrix=matrices[1], downscale=downscale, into=into[1])
+    assert grown is not None
+    return q, k, v, grown
+
+
+def _of_clips(matrix: Tensor, x: Tensor) -> Tensor:
+    return matrix if len(matrix) == len(x) else matrix.expand(len(x), -1, -1, -1).contiguous()
+
+
+def _fits(into: Tensor | None, x: Tensor) -> bool:
+    """Whether Triton can put there what becomes of x."""
+    return into is not None and into.is_contiguous() and into.dtype == x.dtype
+
+
+def _put(made: Tensor, into: Tensor | None) -> Tensor:
+    return made if into is None or into.data_ptr() == made.data_ptr() else into.copy_(made)

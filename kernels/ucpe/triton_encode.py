@@ -8,6 +8,7 @@ f = r e with r <= 1 the downscaling.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -139,13 +140,12 @@ def _added(x, y, by):
 
 
 @triton.jit
-def _forward(
-    x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens, matrix_token, row,
-    column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
+def _encode(
+    token, x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens,
+    matrix_token, row, column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
     PLAIN: tl.constexpr, INFLATION: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
     h, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (h < BLOCK_H) & (d < D)
     of_rays = (tl.arange(0, BLOCK_D // 4) * 4 < HALF)[None, :]
@@ -168,6 +168,47 @@ def _forward(
             before = tl.maximum(tl.sqrt(_dot(y, y)), _LEAST_NORM)
             growth = tl.maximum(tl.sqrt(_dot(e, e)), _LEAST_NORM) / before
             tl.store(inflation_ptr + token * H + first + h, growth * growth)
+
+
+@triton.jit
+def _forward(
+    x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens, matrix_token, row,
+    column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
+    PLAIN: tl.constexpr, INFLATION: tl.constexpr,
+):  # fmt: skip
+    _encode(
+        tl.program_id(0).to(tl.int64), x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr,
+        x_token, tokens, matrix_token, row, column, scale, eps, sign, H, D, HALF, BLOCK_H, BLOCK_D, NORM, RELU,
+        DOWNSCALE, PLAIN, INFLATION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _to_rays(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, q_matrix_ptr, matrix_ptr, rope_ptr, q_out_ptr, k_out_ptr,
+    v_out_ptr, inflation_ptr, q_token, k_token, v_token, tokens, q_matrix_token, q_row, q_column, matrix_token, row,
+    column, k_scale, eps, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
+):  # fmt: skip
+    """The second axis of the grid: queries, keys, values."""
+    token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if which == 0:
+        _encode(
+            token, q_ptr, q_weight_ptr, q_matrix_ptr, rope_ptr, None, q_out_ptr, None, q_token, tokens, q_matrix_token,
+            q_row, q_column, 1.0, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False, False,
+        )  # fmt: skip
+    elif which == 1:
+        _encode(
+            token, k_ptr, k_weight_ptr, matrix_ptr, rope_ptr, None, k_out_ptr, inflation_ptr, k_token, tokens,
+            matrix_token, row, column, k_scale, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False,
+            True,
+        )  # fmt: skip
+    else:
+        _encode(
+            token, v_ptr, None, matrix_ptr, rope_ptr, None, v_out_ptr, None, v_token, tokens, matrix_token, row, column,
+            1.0, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, False, False, DOWNSCALE, False, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -306,6 +347,28 @@ class Encode(torch.autograd.Function):
             *(grad is not None for grad in grads), num_warps=_BACKWARD_WARPS,
         )  # fmt: skip
         return dx, None if weight is None else parts.sum(0).to(weight.dtype), *(None,) * 5  # type: ignore[union-attr]
+
+
+def to_rays(
+    branch: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    matrices: tuple[Tensor, Tensor],
+    rope: Tensor,
+    options: tuple,
+    into: Sequence[Tensor],
+) -> Tensor:
+    """Queries, keys and values (B, N, H, D), those with their weights, under their matrices, into memory by one launch,
+    for who wants no gradient; the keys' inflation.
+    """
+    branch, (relu, scale, downscale, eps) = tuple(_rows(x) for x in branch), options
+    b, n, h, _ = branch[0].shape
+    inflation = torch.empty(b, n, h, device=rope.device)
+    _to_rays[b * n, 3](
+        *branch, *weights, *matrices, rope.contiguous(), *into, inflation, *(x.stride(1) for x in branch), n,
+        *_matrix_strides(matrices[0]), *_matrix_strides(matrices[1]), scale, eps, *_sizes(branch[0], matrices[0]), relu,
+        downscale, num_warps=2,
+    )  # fmt: skip
+    return inflation
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from longtake.kernels.gdn import every_map, gates, read, read_both
 from longtake.kernels.launch import wide
 from longtake.kernels.modulate import output_gate
 from longtake.kernels.short_conv import short_conv
-from longtake.kernels.ucpe import encode
+from longtake.kernels.ucpe import encode, to_rays
 from longtake.model.config import SoftmaxScale, WorldModelConfig
 from longtake.model.dit.joint import Joint
 from longtake.model.dit.time_axis import WHOLE_CLIP, TimeAxis
@@ -163,12 +163,8 @@ class DualBranchAttention(nn.Module):
         squared growth of their norms under UCPE. into: memory for keys and values.
         """
         assert at.ray_from_world is not None and at.world_from_ray is not None
-        (q, k, v), queries, keys = camera, self.q_norm_cam.weight, self.k_norm_cam.weight
-        there, back, rope, down = at.ray_from_world, at.world_from_ray, at.camera_rope, self.ucpe_downscale
-        q, *_ = encode(q, rope, queries, there.transpose(-1, -2), relu, downscale=down)
-        k, _, inflation = encode(k, rope, keys, back, relu, scale, down, inflation=True, into=into[0])
-        v, *_ = encode(v, rope, matrix=back, downscale=down, into=into[1])
-        return q, k, v, inflation  # type: ignore[return-value]
+        weights, matrices = (self.q_norm_cam.weight, self.k_norm_cam.weight), (at.ray_from_world.mT, at.world_from_ray)
+        return to_rays(camera, weights, matrices, at.camera_rope, relu, scale, self.ucpe_downscale, into)
 
 
 class GDNAttention(DualBranchAttention):
@@ -228,7 +224,8 @@ class GDNAttention(DualBranchAttention):
             branches.append((by_frame(k_cam), by_frame(v_cam), beta_camera))
         part = "main" if q_cam is None else "main camera"
         maps, of_mass = every_map(branches, by_frame(k), decay)
-        states, mass = at.time.states(*maps, part=part).chunk(len(branches)), at.time.states(*of_mass, part="mass")
+        states, mass = at.time.every_state((*maps, part), (*of_mass, "mass"))
+        states = states.chunk(len(branches))
         given = by_frame(q_rotated), states[0], by_frame(q), mass.squeeze(-2)
         if q_cam is None:
             return read(*given).flatten(1, 2), None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.kernels.gdn import bidirectional_states, scan_states
+from longtake.kernels.gdn import every_state, scan_states
 from longtake.model.dit.past import seen_from
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import OverTime, TimeAxis
@@ -108,15 +108,20 @@ class ChunkCausal(TimeAxis):
         return tuple(kept(*pair) for pair in zip(before or trace, trace, strict=True))
 
     def states(self, transition: Tensor, increment: Tensor, part: str = "") -> Tensor:
-        (state,) = self.seen.get((self._block, part), (None,))
         if len(self.sizes) == 1:
-            # The last frame reads nothing backwards.
-            states = bidirectional_states(transition, increment, state)
-            self._leave(part, states[:, -1])
-            return states
+            return self.every_state((transition, increment, part))[0]
+        (state,) = self.seen.get((self._block, part), (None,))
         forwards = scan_states(transition, increment, state)
         self._leave(part, forwards[:, -1])
         return forwards + self.later_states(transition, increment)
+
+    def every_state(self, *scans: tuple[Tensor, Tensor, str]) -> list[Tensor]:
+        if len(self.sizes) > 1:
+            return super().every_state(*scans)
+        every = every_state(*((*maps, *self.seen.get((self._block, part), (None,))) for *maps, part in scans))
+        for (*_, part), states in zip(scans, every, strict=True):
+            self._leave(part, states[:, -1])  # the last frame reads nothing backwards
+        return every
 
     def later_states(self, transition: Tensor, increment: Tensor) -> Tensor:
         """What the later frames of each chunk left, scanning backwards."""
@@ -215,16 +220,30 @@ class ChunkCausal(TimeAxis):
             return tuple(torch.cat([past[:, :-length], x], 1) for past, x in zip(before, own, strict=True))
         for room, x in zip(before, own, strict=True):
             if (place := room[:, -length:]).data_ptr() != x.data_ptr():
-                place.copy_(x)
+                _filled(place, x)
         return before
 
     def _leave(self, part: str, *trace: Tensor) -> None:
         if self.left is not None and not torch.is_grad_enabled():
             # These may be parts of activations; `after` copies keys and values anyway.
-            self.left[self._block, part] = trace if part in KEYS else tuple(x.clone() for x in trace)
+            own = trace if part in KEYS else tuple(_filled(x.new_empty(x.shape), x) for x in trace)
+            self.left[self._block, part] = own
 
 
 def _joined(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
     """These tokens of x (B, N, H, D)."""
     parts = [x[:, first:end] for first, end in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _filled(to: Tensor, x: Tensor) -> Tensor:
+    """`to`, with x: torch copies parts of wider rows number by number, so 16 bytes are one where they lie so."""
+    if all(_in_sixteens(each) for each in (to, x)):
+        to.view(torch.complex128).copy_(x.view(torch.complex128))
+        return to
+    return to.copy_(x)
+
+
+def _in_sixteens(x: Tensor) -> bool:
+    sizes = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(size * x.element_size() % 16 == 0 for size in sizes)

@@ -61,8 +61,11 @@ class GLUMBConvTemp(nn.Module):
 
     def of_past(self, before: Tensor) -> Tensor:
         """What the frames before (B, reach, S, C) add to the convolution's result of as many after them."""
-        later = torch.zeros_like(before)
-        return self._over_time(torch.cat([before, later], 1), before.shape[1])
+        taps, reach = self.t_conv.weight[..., 0].to(before.dtype).unbind(2), before.shape[1]
+        added = F.linear(before, taps[0])
+        for nearer in range(1, reach):  # of each frame, to the results that many frames earlier
+            added[:, : reach - nearer] += F.linear(before[:, nearer:], taps[nearer])
+        return added
 
     def _over_time(self, y: Tensor, first: int, before: Tensor | None = None, added: Tensor | None = None) -> Tensor:
         """Of y (B, T, S, C), without a copy of it unless others are before; added: what these make of it."""

@@ -23,51 +23,63 @@ def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Tra
 
     Keys and values are followed by room for the pass' own.
     """
-    found = {}
-    for (block, part), trace in past.traces.items():
-        turned = trace
-        if part in KEYS:
+    found = dict(past.traces)
+    for part in KEYS:
+        if blocks := [block for block, its in past.traces if its == part]:
             assert rotary is not None
-            turned = _keys(past, trace, part, frames, rotary)
-        elif part in _ROTATED:
+            area = past.traces[blocks[0], part][0].shape[1] // sum(size for _, size, _ in past.kept)
+            turns = _turns(past, part, area, rotary, frames, past.traces[blocks[0], part][0].device)
+            found |= {(block, part): _keys(past.traces[block, part], part, turns, area * frames) for block in blocks}
+    for part in _ROTATED:
+        if blocks := [block for block, its in past.traces if its == part]:
             assert rotary is not None
-            turned = (_state(trace[0], part, *rotary.turn(past.frames - past.origin, trace[0].device)),)
-        found[block, part] = turned
+            states = torch.stack([past.traces[block, part][0] for block in blocks])
+            states = _state(states, part, *rotary.turn(past.frames - past.origin, states.device))
+            found |= {(block, part): (state,) for block, state in zip(blocks, states, strict=True)}
     return found
 
 
-def _keys(
-    past: StreamState, trace: tuple[Tensor, ...], part: str, frames: int, rotary: RotaryTable
-) -> tuple[Tensor, ...]:
-    """Each clip's as far as they are long ago; the camera's values are rotated too."""
-    known, area = trace[0].shape[1], trace[0].shape[1] // sum(size for _, size, _ in past.kept)
-    rooms = tuple(x.new_empty(x.shape[0], known + area * frames, *x.shape[2:]) for x in trace)
+def _turns(
+    past: StreamState, part: str, area: int, rotary: RotaryTable, frames: int, device: torch.device
+) -> list[Tensor]:
+    """For each clip how far its keys are turned back, the further the longer ago they are, as `encode` takes it."""
     clips = max((len(origin) for *_, origin in past.kept if isinstance(origin, tuple)), default=1)
+    found = []
     for clip in range(clips):
-        k, v = (x[clip::clips] for x in trace)
-        to_k, to_v = (x[clip::clips, :known] for x in rooms)
         turns = []
         for _, size, origin in past.kept:
             since = origin[clip] if isinstance(origin, tuple) else origin
             ago = min(past.frames - since, rotary.max_positions - frames)
-            turns.append(rotary.turn(ago, k.device)[part != "keys"].expand(area * size, -1, -1))
-        back, unmoved = torch.cat(turns), None
+            turns.append(rotary.turn(ago, device)[part != "keys"].expand(area * size, -1, -1))
+        found.append(torch.cat(turns))
+    return found
+
+
+def _keys(trace: tuple[Tensor, ...], part: str, turns: list[Tensor], room: int) -> tuple[Tensor, ...]:
+    """Keys and values of clips, and room for so many tokens'; the camera's values are rotated too."""
+    known, clips = trace[0].shape[1], len(turns)
+    rooms = tuple(x.new_empty(x.shape[0], known + room, *x.shape[2:]) for x in trace)
+    unmoved = None if part == "keys" else torch.eye(4, device=trace[0].device).expand(1, known, 4, 4).contiguous()
+    for clip, back in enumerate(turns):
+        k, v = (x[clip::clips] for x in trace)
+        to_k, to_v = (x[clip::clips, :known] for x in rooms)
+        encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
         if part == "keys":
             to_v.copy_(v)
         else:
-            unmoved = torch.eye(4, device=k.device).expand(1, known, 4, 4).contiguous()
             encode(v, back, matrix=unmoved, inverse_rope=True, into=to_v)
-        encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
     return rooms
 
 
-def _state(state: Tensor, part: str, whole: Tensor, half: Tensor) -> Tensor:
-    """Of one or two branches of a GDN, turned back by the main branch's and the camera's rotation."""
-    main, *camera = state.chunk(len(part.split()))
+def _state(states: Tensor, part: str, whole: Tensor, half: Tensor) -> Tensor:
+    """Of one or two branches of GDNs (blocks, branches B, H, V, D), turned back by the main branch's and the camera's
+    rotation.
+    """
+    main, *camera = states.chunk(len(part.split()), 1)
     turned = [rotate(main, whole[None], inverse=True)]
     for each in camera:  # half of whose channels are rotated, of values and of keys
         for _ in range(2):
             still, moving = each.transpose(-1, -2).chunk(2, -1)
             each = torch.cat([still, rotate(moving.contiguous(), half[None], inverse=True)], -1)
         turned.append(each)
-    return torch.cat(turned)
+    return torch.cat(turned, 1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.kernels.attention import attend, attend_float8
-from longtake.kernels.gdn import bidirectional_states
+from longtake.kernels.gdn import bidirectional_states, every_state
 from longtake.kernels.launch import uncompiled
 from longtake.model.state import Traces
 
@@ -58,6 +58,10 @@ class TimeAxis:
         """What every frame reads after a scan in both directions, as `bidirectional_states`."""
         return bidirectional_states(transition, increment)
 
+    def every_state(self, *scans: tuple[Tensor, Tensor, str]) -> list[Tensor]:
+        """`states` of one or two (transition, increment, part), which a GPU may compute at once."""
+        return [self.states(*scan) for scan in scans]
+
     def around(self, x: Tensor, reach: int, function: OverTime, dim: int = 1, part: str = "") -> Tensor:
         """function(x) along frames `dim`, where each frame's result depends on up to `reach` frames to either side."""
         return function(x, 0)
@@ -91,6 +95,9 @@ class TimeAxis:
 class _WholeClip(TimeAxis):
     def form(self) -> Hashable:
         return ()
+
+    def every_state(self, *scans: tuple[Tensor, Tensor, str]) -> list[Tensor]:
+        return every_state(*((transition, increment, None) for transition, increment, _ in scans))
 
 
 WHOLE_CLIP = _WholeClip()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -166,14 +166,6 @@ class Context:
     plucker: Tensor | None = None
     rays: list[Tensor] | None = None
 
-    def for_steps(self, model: WorldModel) -> Context:
-        """For many steps of few frames: what each block makes of the rays is computed once."""
-        if self.plucker is None:
-            return self
-        blocks: Any = model.blocks
-        rays = [self.at.seen(block.plucker_proj(self.plucker)) for block in blocks]
-        return replace(self, plucker=None, rays=rays)
-
 
 class WorldModel(nn.Module):
     """SANA-WM's diffusion transformer; random weights in float32.
@@ -185,6 +177,8 @@ class WorldModel(nn.Module):
 
     checkpoint_blocks = False
     _laid_out = False
+    rays_weight: Tensor | None
+    rays_bias: Tensor | None
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -203,6 +197,9 @@ class WorldModel(nn.Module):
         )
         self.final_layer = FinalLayer(size, config.latent_channels)
         self.rotary = RotaryTable(config.head_dim, config.max_latent_frames)
+        # Laid out: the Pluecker embedding and each block's projection of it, which are one product.
+        self.register_buffer("rays_weight", None, persistent=False)
+        self.register_buffer("rays_bias", None, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -226,14 +223,24 @@ class WorldModel(nn.Module):
         theirs = gdn.state_dict()
         self.load_state_dict({name: theirs[name] for name in self.state_dict()})
 
+    @torch.no_grad()
     def lay_out(self) -> WorldModel:
         """Weights that will not be trained where their kernels read them fastest, without gradients; the network."""
         blocks: Any = self.blocks
         for block in blocks:
             block.mlp.lay_out()
             block.attn.lay_out()
+        embedder = self.plucker_embedder.proj
+        layers = [(block.plucker_proj.weight.float(), block.plucker_proj.bias.float()) for block in blocks]
+        weights = [weight @ embedder.weight.flatten(1).float() for weight, _ in layers]
+        biases = [F.linear(embedder.bias.float(), *layer) for layer in layers]  # type: ignore[union-attr]
+        self.rays_weight, self.rays_bias = (torch.stack(x).to(embedder.weight.dtype) for x in (weights, biases))
         self._laid_out = True
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.rays_weight = self.rays_bias = None  # made of what was there before
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def null_caption(self) -> Tensor:
@@ -303,17 +310,34 @@ class WorldModel(nn.Module):
         camera: CameraFeatures | None = None,
         time_axis: TimeAxis = WHOLE_CLIP,
         camera_seen: Tensor | None = None,
+        for_steps: bool = False,
     ) -> Context:
-        """A context of text that was read before, for these frames; other arguments as in `forward`."""
+        """A context of text that was read before, for these frames; other arguments as in `forward`.
+
+        for_steps: for many, of few frames, so what each block makes of the rays is computed here, once for all of them.
+        """
         rays = camera if self.config.reads_rays else None
-        at, plucker = self._positions(tuple(grid), rays, text_mask.device, time_axis), None
+        at, dtype = self._positions(tuple(grid), rays, text_mask.device, time_axis), self.x_embedder.proj.weight.dtype
         if camera_seen is not None:
             at.camera_seen = camera_seen[:, None, None]
-        if camera is not None and self.config.reads_plucker:
-            plucker = self.plucker_embedder(camera.plucker.to(self.x_embedder.proj.weight.dtype))
-        mask = torch.zeros_like(text_mask, dtype=self.x_embedder.proj.weight.dtype)
+        mask = torch.zeros_like(text_mask, dtype=dtype)
         mask.masked_fill_(text_mask == 0, -math.inf)
-        return Context(tuple(grid), text, mask, at, plucker)  # type: ignore[arg-type]
+        context = Context(tuple(grid), text, mask, at)  # type: ignore[arg-type]
+        if camera is not None and self.config.reads_plucker:
+            if for_steps:
+                context.rays = [at.seen(each) for each in self._rays(camera.plucker.to(dtype))]
+            else:
+                context.plucker = self.plucker_embedder(camera.plucker.to(dtype))
+        return context
+
+    def _rays(self, plucker: Tensor) -> list[Tensor]:
+        """What each block makes of Pluecker maps (B, 48, T, h, w): (B, N, C)."""
+        blocks: Any = self.blocks
+        if self.rays_weight is None or self.rays_bias is None:
+            embedded = self.plucker_embedder(plucker)
+            return [block.plucker_proj(embedded) for block in blocks]
+        tokens = plucker.flatten(2).transpose(1, 2).contiguous()
+        return [F.linear(tokens, *layer) for layer in zip(self.rays_weight, self.rays_bias, strict=True)]
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `forward`, of a context prepared before."""

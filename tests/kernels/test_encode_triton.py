@@ -63,6 +63,28 @@ def test_what_is_encoded_is_put_where_there_is_room(device, clips, triton, monke
     assert torch.equal(whole[:, :3], ucpe.encode(x, rope)[0]) and whole[:, 3:].isnan().all()
 
 
+@pytest.mark.parametrize("clips", [1, 2])
+@pytest.mark.parametrize("rooms", [False, True])
+@torch.no_grad()
+def test_a_camera_branch_by_one_launch(device, clips, rooms, monkeypatch):
+    n, h, d, dtype = 3, 5, 24, DTYPES[1]
+    torch.manual_seed(0)
+    branch = torch.randn(clips, n, 3 * h * d).to(device, dtype).chunk(3, dim=-1)
+    branch = tuple(x.unflatten(-1, (h, d)) for x in branch)
+    weights = tuple(1 + 0.1 * torch.randn(h * d, device=device) for _ in range(2))
+    matrix = torch.randn(1, n, 4, 4, device=device)  # of all clips
+    rope = torch.randn(n, d // 4, 2, device=device)
+    results = []
+    for triton in (False, True):
+        monkeypatch.setattr(ucpe, "fused", lambda *_, triton=triton: triton)
+        into = [x.new_zeros(clips, 2 * n, h, d)[:, n:] for x in branch[1:]] if rooms else (None, None)
+        given = (branch, weights, (matrix.mT, matrix), rope, True, 0.125, True, tuple(into))
+        results.append(ucpe.to_rays(*given))
+        assert not rooms or [x.data_ptr() for x in results[-1][1:3]] == [x.data_ptr() for x in into]
+    for theirs, ours in zip(*results, strict=True):
+        assert error(ours, theirs) < TOLERANCE[dtype]
+
+
 def error(found, true):
     found, true = found.detach().double(), true.detach().double()
     return float((found - true).norm() / true.norm().clamp(min=1e-6))

@@ -123,12 +123,16 @@ def test_both_directions(device, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_both_directions_where_nobody_wants_a_gradient(device, sizes):
     _, *inputs = tensors(sizes, torch.float32, device)
-    b, _, _, h, d, v = sizes
+    b, t, _, h, d, v = sizes
     with torch.no_grad():
         maps = reference.frame_maps(*inputs)
-        for state in (None, torch.randn(b, h, v, d, device=device)):
-            found, true = triton_scan.summed(*maps, state), reference.bidirectional_states(*maps, state)
-            assert error(found, true) < TOLERANCE[torch.float32]
+        other = [x[:1] for x in (maps[0].flip(1), torch.randn(b, t, h, 3, d, device=device))]
+        starts = torch.randn(b, h, v, d, device=device), torch.randn(1, h, 3, d, device=device)
+        for state, other_state in ((None, None), starts, (None, starts[1])):
+            scans = (*maps, state), (*other, other_state)
+            for given in (scans, scans[:1]):
+                for found, scan in zip(triton_scan.summed(*given), given, strict=True):
+                    assert error(found, reference.bidirectional_states(*scan)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("adjoint", [False, True])

@@ -8,6 +8,7 @@ _COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from longtake.kernels.attention import triton_masked
 from longtake.kernels.conv_input import triton_conv_input
 from longtake.kernels.gdn import triton_gates as gdn_gates, triton_maps, triton_read, triton_scan
 from longtake.kernels.glu_conv import triton_glu_conv
@@ -45,10 +46,11 @@ class Launcher:
 
 
 for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_gates, triton_modulate, triton_conv,
-               triton_encode, triton_conv_input, triton_norm_rope, gdn_gates):
+               triton_encode, triton_conv_input, triton_norm_rope, gdn_gates, triton_masked):
     launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
                 "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed", "_every", "_both"}
+                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed", "_every", "_both",
+                "_masked", "_to_rays"}
     for name in launched & set(vars(module)):
         if isinstance(vars(module)[name], triton.JITFunction):
             setattr(module, name, Launcher(vars(module)[name]))
@@ -74,13 +76,15 @@ back(triton_read.ReadStates.apply(q, states, k, states[..., 0, :], 1e-8))
 triton_read.read_both((q, states, k, states[..., 0, :]), v, states, 1e-8)
 maps, start = [x.detach().requires_grad_() for x in maps], randn(1, H, D, D, dtype=torch.float32)
 back(*triton_scan.ScanStates.apply(*maps, start))
-triton_scan.summed(*maps, start)
+triton_scan.summed((*maps, start), (*maps, None))
 triton_scan.carry(*maps, torch.randn(2, 1, H, 2 * D, D), keep=False)
 for direction in range(2):
     triton_scan.carry(*maps, start.detach()[None], only=direction)
 x, matrix = randn(1, T * S, H, D), randn(1, T * S, 4, 4, dtype=torch.float32).detach()
 back(*triton_encode.Encode.apply(x, randn(C), matrix, randn(T * S, D // 4, 2, dtype=torch.float32).detach(),
                                  (True, 1.0, True, False, 1e-5), (True, True)))
+triton_encode.to_rays((x, x, x), (randn(C), randn(C)), (matrix, matrix), torch.zeros(T * S, D // 4, 2),
+                      (True, 1.0, True, 1e-5), (x, x, x))
 back(triton_glu_conv.GLUConv.apply(randn(T, 4, 8, 6 * C), randn(6 * C, 1, 3, 3), randn(6 * C)))
 back(triton_conv.ShortConv.apply(randn(1, T, S, C), randn(C, 1, 4)))
 triton_conv.ShortConv.apply(randn(1, T, S, C), randn(C, 1, 4), randn(1, 3, S, C).detach())
@@ -93,6 +97,8 @@ for past, eps in ((None, 1e-8), (video, 1e-8), (video, None)):
 q, angles = randn(1, 2, 32, 128).detach(), torch.zeros(2, 32, 64, dtype=torch.float32)
 triton_norm_rope.norm_rope(q, q, *randn(2, 4096), (angles, angles), (q, q), q)
 gdn_gates.gates(randn(1, T * S, 2 * H).detach(), T, *randn(2, H), torch.zeros(1, T * S, H, dtype=torch.float32))
+with torch.no_grad():
+    triton_masked.attend(*(randn(1, size, H, D) for size in (T * S, 300, 300)), 0.1, randn(1, 300))
 print(*sorted(set(compiled)))
 """
 
