@@ -129,3 +129,10 @@ def by_token(x: Tensor) -> tuple[Tensor, int]:
     x = contiguous_tokens(x)
     x = x if x.stride(3) == x.shape[4] else x.contiguous()
     return x, x.stride(2)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy where its rows do not begin at multiples of 16 bytes, as the memory accelerator wants them."""
+    strides_fit = all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    fits = strides_fit and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -78,7 +78,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -
     """softmax(q k^T scale + mask) v: q (B, N, H, D), k and v (B, M, H, D), mask (B, M), all of one dtype. Of few keys,
     16 bits and no gradient Triton is faster than torch.
     """
-    if fused(q, k) and q.element_size() == 2 and q.shape[-1] <= 128 and not torch.is_grad_enabled():
+    if fused(q, k) and q.element_size() == 2 and q.shape[-1] in range(8, 129, 8) and not torch.is_grad_enabled():
         from longtake.kernels.attention import triton_masked
 
         with torch.cuda.device_of(q):

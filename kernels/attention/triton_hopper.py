@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from longtake.kernels.attention.float8 import quantized
-from longtake.kernels.launch import padded
+from longtake.kernels.launch import aligned, padded
 
 _ROWS = gl.constexpr(64)  # queries of a group: what a wgmma instruction takes
 _GROUPS = gl.constexpr(2)  # with three, each has too few registers for 128 keys
@@ -304,7 +304,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, ring: Ring = EXACT) ->
     """softmax(q k^T scale) v: q (B, N, H, D), k and v (B, M, H, D) of one dtype of 16 bits, D a multiple of 8 and at
     most 128, a positive scale; no gradient.
     """
-    q, k, v = (_aligned(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = (aligned(x.transpose(1, 2)) for x in (q, k, v))
     return _launch(q, k, v, None, None, scale, q.dtype, ring)
 
 
@@ -313,13 +313,6 @@ def attend_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float, ring: Ring = FLOAT
     q8, k8, v8, scales, v_scales = quantized(q, k, v)
     v8 = v8.unflatten(-1, (-1, 2, 4, 2)).transpose(-3, -2).flatten(-4)  # as `_float8` orders the weights
     return _launch(q8, k8, v8, scales, v_scales, scale, q.dtype, ring)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its rows do not begin at multiples of 16 bytes, as the memory accelerator wants them."""
-    strides_fit = all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    fits = strides_fit and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(

@@ -8,6 +8,7 @@ _COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 from longtake.kernels.attention import triton_masked
 from longtake.kernels.conv_input import triton_conv_input
 from longtake.kernels.gdn import triton_gates as gdn_gates, triton_maps, triton_read, triton_scan
@@ -35,6 +36,7 @@ class Launcher:
         kinds = {
             name: "constexpr" if name in fixed
             else KINDS[value.dtype] if isinstance(value, torch.Tensor)
+            else f"tensordesc<bf16{value.block_shape}>" if isinstance(value, TensorDescriptor)
             else "fp32" if isinstance(value, float) else "i32"
             for name, value in given.items()
         }
