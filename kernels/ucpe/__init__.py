@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def encode(
 
         options = (relu, scale, downscale, inverse_rope, reference.EPS)
         matrix = None if matrix is None else _of_clips(matrix, x)
-        there = into if _fits(into, x) else None
+        there = _room(into, x)
         encoded, before, grown = apply(Encode, x, weight, matrix, rope, options, (plain, inflation), there)
     else:
         before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
@@ -42,14 +44,14 @@ def encode(
 
 
 def to_rays(
-    branch: tuple[Tensor, Tensor, Tensor],
-    weights: tuple[Tensor, Tensor],
-    matrices: tuple[Tensor, Tensor],
+    branch: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    matrices: Sequence[Tensor],
     rope: Tensor,
     relu: bool = False,
     scale: float = 1.0,
     downscale: bool = False,
-    into: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    into: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`encode` of a camera branch's projected queries, keys and values, and the keys' inflation.
 
@@ -60,7 +62,8 @@ def to_rays(
     if fused(q, k, v) and not torch.is_grad_enabled():
         from longtake.kernels.ucpe import triton_encode
 
-        made = [to if _fits(to, x) else x.new_empty(x.shape) for to, x in zip((None, *into), branch, strict=True)]
+        rooms = None, _room(into[0], k), _room(into[1], v)
+        made = [x.new_empty(x.shape) if room is None else room for x, room in zip(branch, rooms, strict=True)]
         matrices = _of_clips(matrices[0], q), _of_clips(matrices[1], q)
         with torch.cuda.device_of(q):
             grown = triton_encode.to_rays(
@@ -78,9 +81,9 @@ def _of_clips(matrix: Tensor, x: Tensor) -> Tensor:
     return matrix if len(matrix) == len(x) else matrix.expand(len(x), -1, -1, -1).contiguous()
 
 
-def _fits(into: Tensor | None, x: Tensor) -> bool:
-    """Whether Triton can put there what becomes of x."""
-    return into is not None and into.is_contiguous() and into.dtype == x.dtype
+def _room(into: Tensor | None, x: Tensor) -> Tensor | None:
+    """`into`, if Triton can put there what becomes of x."""
+    return into if into is not None and into.is_contiguous() and into.dtype == x.dtype else None
 
 
 def _put(made: Tensor, into: Tensor | None) -> Tensor:

@@ -350,9 +350,9 @@ class Encode(torch.autograd.Function):
 
 
 def to_rays(
-    branch: tuple[Tensor, Tensor, Tensor],
-    weights: tuple[Tensor, Tensor],
-    matrices: tuple[Tensor, Tensor],
+    branch: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    matrices: Sequence[Tensor],
     rope: Tensor,
     options: tuple,
     into: Sequence[Tensor],

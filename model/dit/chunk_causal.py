@@ -118,7 +118,8 @@ class ChunkCausal(TimeAxis):
     def every_state(self, *scans: tuple[Tensor, Tensor, str]) -> list[Tensor]:
         if len(self.sizes) > 1:
             return super().every_state(*scans)
-        every = every_state(*((*maps, *self.seen.get((self._block, part), (None,))) for *maps, part in scans))
+        starts = [self.seen.get((self._block, part), (None,))[0] for *_, part in scans]
+        every = every_state(*((*scan[:2], start) for scan, start in zip(scans, starts, strict=True)))
         for (*_, part), states in zip(scans, every, strict=True):
             self._leave(part, states[:, -1])  # the last frame reads nothing backwards
         return every

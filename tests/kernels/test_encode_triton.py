@@ -78,9 +78,9 @@ def test_a_camera_branch_by_one_launch(device, clips, rooms, monkeypatch):
     for triton in (False, True):
         monkeypatch.setattr(ucpe, "fused", lambda *_, triton=triton: triton)
         into = [x.new_zeros(clips, 2 * n, h, d)[:, n:] for x in branch[1:]] if rooms else (None, None)
-        given = (branch, weights, (matrix.mT, matrix), rope, True, 0.125, True, tuple(into))
-        results.append(ucpe.to_rays(*given))
-        assert not rooms or [x.data_ptr() for x in results[-1][1:3]] == [x.data_ptr() for x in into]
+        results.append(ucpe.to_rays(branch, weights, (matrix.mT, matrix), rope, True, 0.125, True, into))
+        for made, room in zip(results[-1][1:3], into, strict=True):
+            assert room is None or made.data_ptr() == room.data_ptr()
     for theirs, ours in zip(*results, strict=True):
         assert error(ours, theirs) < TOLERANCE[dtype]
 

@@ -125,12 +125,12 @@ def test_both_directions_where_nobody_wants_a_gradient(device, sizes):
     _, *inputs = tensors(sizes, torch.float32, device)
     b, t, _, h, d, v = sizes
     with torch.no_grad():
-        maps = reference.frame_maps(*inputs)
-        other = [x[:1] for x in (maps[0].flip(1), torch.randn(b, t, h, 3, d, device=device))]
+        transition, increment = reference.frame_maps(*inputs)
         starts = torch.randn(b, h, v, d, device=device), torch.randn(1, h, 3, d, device=device)
         for state, other_state in ((None, None), starts, (None, starts[1])):
-            scans = (*maps, state), (*other, other_state)
-            for given in (scans, scans[:1]):
+            first = transition, increment, state
+            other = transition[:1].flip(1), torch.randn(1, t, h, 3, d, device=device), other_state
+            for given in ((first, other), (first,)):
                 for found, scan in zip(triton_scan.summed(*given), given, strict=True):
                     assert error(found, reference.bidirectional_states(*scan)) < TOLERANCE[torch.float32]
 

@@ -9,6 +9,7 @@ import torch
 
 from longtake.model.camera import CameraFeatures
 from longtake.model.dit.checkpointing import checkpointed, once
+from longtake.model.dit.feed_forward import GLUMBConvTemp
 from longtake.model.dit.time_axis import TimeAxis
 from longtake.model.dit.world_model import WorldModel
 from longtake.model.parity import CASES
@@ -92,6 +93,36 @@ def test_weights_laid_out_for_kernels_compute_the_same(config):
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model(*inputs), other(*inputs))
     assert not copy.deepcopy(model).requires_grad_(False)(*inputs).requires_grad
+
+
+@torch.no_grad()
+def test_what_weights_laid_out_make_of_the_rays_is_the_same(config):
+    model, (latents, _, text, mask, camera) = model_and_inputs(config)
+
+    def rays(of):
+        context = of.placed(of.read_text(text), mask, latents.shape[2:], camera, for_steps=True)
+        return torch.stack(context.rays)
+
+    expected = rays(model)
+    torch.testing.assert_close(rays(model.lay_out()), expected)
+    other, _ = model_and_inputs(config)
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(rays(model), rays(other))
+    assert not torch.allclose(rays(other), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reach", [1, 2])
+def test_what_frames_before_add_to_a_temporal_convolution(reach):
+    torch.manual_seed(0)
+    mlp = GLUMBConvTemp(8, 16, 2 * reach + 1)
+    torch.nn.init.normal_(mlp.t_conv.weight)
+    y = torch.randn(2, reach + 4, 6, 8)
+    whole = mlp.t_conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, reach:]
+    alone = mlp.t_conv(y[:, reach:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(mlp.of_past(y[:, :reach]), (whole - alone)[:, :reach])
 
 
 @torch.no_grad()
