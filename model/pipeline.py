@@ -302,7 +302,7 @@ class WorldPipeline:
         for number, latents in enumerate(chunks, 1):
             if progress:
                 progress(number, len(sizes))
-            yield _finite(latents, network.state.frames)
+            yield _finite(latents, network.state.frames + latents.shape[2])
 
     def _latent_frames(self, camera: CameraFeatures | None, count: int | None, negative: tuple | None) -> int:
         """Of a rollout. ValueError for arguments that do not make one."""

@@ -85,7 +85,7 @@ def chunk_flow_euler(
     start: Tensor | None = None,
     fresh: Callable[[int, int, int], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """The clean chunks (B, C, T, h, w), float32, as they are done.
+    """The clean chunks (B, C, T, h, w), float32, as they are done, each before it is kept; the last one is not.
 
     noise(chunk, frames): what a chunk starts from. interval: how much of its steps a chunk is ahead of the next one: by
     1 they are made one after another, by default all at once, each a little cleaner than the next. Chunks that are done
@@ -112,7 +112,9 @@ def chunk_flow_euler(
             for number, (chunk, part) in enumerate(zip(flying, velocity.split(list(here), 2), strict=True), done):
                 chunk.move(part, sigmas, fresh and partial(fresh, number, part.shape[2]))
         while flying and flying[0].step == steps:
-            network.keep(flying[0].x, [sizes[done]])
+            x, size = flying.popleft().x, sizes[done]
             done += 1
-            yield flying.popleft().x
+            yield x
+            if done < len(sizes):
+                network.keep(x, [size])
         now += 1

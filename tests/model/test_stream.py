@@ -102,6 +102,23 @@ def test_chunks_one_after_another_are_integrated_as_a_clip_is(streaming, pipelin
     torch.testing.assert_close(next(again), found)
 
 
+def test_a_chunk_comes_before_it_is_kept_and_the_last_one_is_not():
+    class Network:
+        def __init__(self):
+            self.kept = []
+
+        def velocity(self, x, timestep, sizes):
+            return torch.zeros_like(x)
+
+        def keep(self, x, sizes):
+            self.kept += sizes
+
+    network, kept = Network(), []
+    for _ in chunk_flow_euler(network, lambda _, frames: torch.randn(1, 2, frames, 2, 2), [4, 3, 3], [1, 0.5, 0], 1):
+        kept.append(list(network.kept))
+    assert kept == [[], [4], [4, 3]] and network.kept == [4, 3]
+
+
 def test_fresh_noise_makes_what_training_rolled_out(streaming, pipeline):
     given, noise = inputs(streaming, 7), torch.randn(2, 4, 1, streaming.latent_channels, 4, *streaming.latent_size)
     sigmas = sampler_sigmas(FEW).tolist()
