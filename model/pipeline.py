@@ -280,7 +280,8 @@ class WorldPipeline:
     ) -> Iterator[Tensor]:
         """What `rollout` makes, chunk by chunk, (B, C, t, h, w) each, in memory that does not grow with T where the
         model's window is bounded. A video's first chunks do not depend on its length, if it is a whole number of
-        chunks longer and its chunks are made one after another.
+        chunks longer and its chunks are made one after another. What is given is read again for the chunk that
+        follows: do not change it in place.
         """
         config = self.config
         if not config.chunk_causal:

@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.model.camera import CameraFeatures
 from longtake.model.dit.chunk_causal import ChunkCausal
 from longtake.model.dit.replay import Replay
-from longtake.model.dit.world_model import Context, WorldModel
+from longtake.model.dit.world_model import Context, OfRays, WorldModel
 from longtake.model.state import StreamState, joined, together
 
 
@@ -40,6 +40,7 @@ class ChunkStream:
         self.features = text
         with torch.no_grad():
             self.text, self.mask = model.read_text(text, of_sample=True), text_mask
+        self._of_rays = model.of_rays()
 
     def going_on(self, state: StreamState, camera: CameraFeatures | None) -> ChunkStream:
         """The same text after other chunks, with the camera of the frames that follow them."""
@@ -110,14 +111,18 @@ class ChunkStream:
     def _context_of(self, x: Tensor, sizes: Sequence[int]) -> Context:
         axis = self._axis_of(sizes)
         if self._context is None:
-            self._context = self._placed(x, self.text, axis, for_steps=True)
+            self._context = self._placed(x, self.text, axis, self._of_rays)
         return self._context
 
     def _placed(
-        self, x: Tensor, text: Tensor | list[tuple[Tensor, Tensor]], axis: ChunkCausal, for_steps: bool = False
+        self,
+        x: Tensor,
+        text: Tensor | list[tuple[Tensor, Tensor]],
+        axis: ChunkCausal,
+        of_rays: OfRays | None = None,
     ) -> Context:
         grid = tuple(x.shape[2:])
-        return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis, for_steps=for_steps)
+        return self.model.placed(text, self.mask, grid, self._camera(grid[0]), axis, of_rays=of_rays)
 
     def _camera(self, frames: int) -> CameraFeatures | None:
         """Of the next latent frames of the video."""

@@ -94,7 +94,7 @@ def _counted(decoded: Iterable[np.ndarray], stride: int, frames: int, say: Told)
 
 def _until_steady(config: WorldModelConfig) -> int:
     """Parts of a video after which all windows are full, so that the others are computed like the last one."""
-    return max(3 + (config.chunk_window or 0), 2 + math.ceil(config.refiner.window / (config.refiner.block_size or 1)))
+    return max(4 + (config.chunk_window or 0), 2 + math.ceil(config.refiner.window / (config.refiner.block_size or 1)))
 
 
 def _ahead(parts: Iterator[Tensor], pipeline: WorldPipeline, kind: Hashable) -> Iterator[Tensor]:

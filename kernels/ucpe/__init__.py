@@ -36,11 +36,10 @@ def encode(
         matrix = None if matrix is None else _of_clips(matrix, x)
         there = _room(into, x)
         encoded, before, grown = apply(Encode, x, weight, matrix, rope, options, (plain, inflation), there)
-    else:
-        before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
-        grown = reference.inflation(before, encoded) if inflation else None
-        before = before if plain else None
-    return _put(encoded, into), before, grown
+        return encoded if into is None or there is not None else into.copy_(encoded), before, grown
+    before, encoded = reference.encode(x, rope, weight, matrix, relu, scale, downscale, inverse_rope)
+    grown = reference.inflation(before, encoded) if inflation else None
+    return encoded if into is None else into.copy_(encoded), before if plain else None, grown
 
 
 def to_rays(
@@ -69,7 +68,8 @@ def to_rays(
             grown = triton_encode.to_rays(
                 branch, weights, matrices, rope, (relu, scale, downscale, reference.EPS), made
             )
-        return made[0], _put(made[1], into[0]), _put(made[2], into[1]), grown
+        q, k, v = (x if to is None or x is to else to.copy_(x) for x, to in zip(made, (None, *into), strict=True))
+        return q, k, v, grown
     q, *_ = encode(q, rope, weights[0], matrices[0], relu, downscale=downscale)
     k, _, grown = encode(k, rope, weights[1], matrices[1], relu, scale, downscale, inflation=True, into=into[0])
     v, *_ = encode(v, rope, matrix=matrices[1], downscale=downscale, into=into[1])
@@ -84,7 +84,3 @@ def _of_clips(matrix: Tensor, x: Tensor) -> Tensor:
 def _room(into: Tensor | None, x: Tensor) -> Tensor | None:
     """`into`, if Triton can put there what becomes of x."""
     return into if into is not None and into.is_contiguous() and into.dtype == x.dtype else None
-
-
-def _put(made: Tensor, into: Tensor | None) -> Tensor:
-    return made if into is None or into.data_ptr() == made.data_ptr() else into.copy_(made)

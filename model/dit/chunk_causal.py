@@ -239,7 +239,8 @@ def _joined(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
 
 def _filled(to: Tensor, x: Tensor) -> Tensor:
     """`to`, with x: torch copies parts of wider rows number by number, so 16 bytes are one where they lie so."""
-    if all(_in_sixteens(each) for each in (to, x)):
+    compiled = torch.compiler.is_compiling()  # which copies as it likes
+    if not compiled and to.dtype == x.dtype and all(_in_sixteens(each) for each in (to, x)):
         to.view(torch.complex128).copy_(x.view(torch.complex128))
         return to
     return to.copy_(x)

@@ -21,9 +21,10 @@ _ROTATED = "main", "main camera"  # states by keys that are rotated
 def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Traces:
     """The traces of `past` as a pass over the `frames` latent frames after it reads them; rotary: the network's.
 
-    Keys and values are followed by room for the pass' own.
+    Keys and values are followed by room for the pass' own. In one order, whatever order they came in: passes are
+    replayed by it.
     """
-    found = dict(past.traces)
+    found = dict(sorted(past.traces.items()))
     for part in KEYS:
         if blocks := [block for block, its in past.traces if its == part]:
             assert rotary is not None

@@ -8,7 +8,7 @@ the public checkpoints (SANA-WM section 1.13), so a state dict of either release
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.kernels.attention import attend_masked
+from longtake.kernels.launch import wide
 from longtake.kernels.modulate import add_and_modulate, gated, modulate
 from longtake.model.camera import CameraFeatures, ray_matrices
 from longtake.model.config import WorldModelConfig
@@ -26,6 +27,8 @@ from longtake.model.dit.feed_forward import T_CONV, GLUMBConvTemp
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import WHOLE_CLIP, Padded, TimeAxis
 from longtake.model.state import Traces
+
+OfRays = Callable[[Tensor], list[Tensor]]
 
 
 class PatchEmbed(nn.Module):
@@ -177,8 +180,6 @@ class WorldModel(nn.Module):
 
     checkpoint_blocks = False
     _laid_out = False
-    rays_weight: Tensor | None
-    rays_bias: Tensor | None
 
     def __init__(self, config: WorldModelConfig):
         super().__init__()
@@ -197,9 +198,6 @@ class WorldModel(nn.Module):
         )
         self.final_layer = FinalLayer(size, config.latent_channels)
         self.rotary = RotaryTable(config.head_dim, config.max_latent_frames)
-        # Laid out: the Pluecker embedding and each block's projection of it, which are one product.
-        self.register_buffer("rays_weight", None, persistent=False)
-        self.register_buffer("rays_bias", None, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -223,24 +221,14 @@ class WorldModel(nn.Module):
         theirs = gdn.state_dict()
         self.load_state_dict({name: theirs[name] for name in self.state_dict()})
 
-    @torch.no_grad()
     def lay_out(self) -> WorldModel:
         """Weights that will not be trained where their kernels read them fastest, without gradients; the network."""
         blocks: Any = self.blocks
         for block in blocks:
             block.mlp.lay_out()
             block.attn.lay_out()
-        embedder = self.plucker_embedder.proj
-        layers = [(block.plucker_proj.weight.float(), block.plucker_proj.bias.float()) for block in blocks]
-        weights = [weight @ embedder.weight.flatten(1).float() for weight, _ in layers]
-        biases = [F.linear(embedder.bias.float(), *layer) for layer in layers]  # type: ignore[union-attr]
-        self.rays_weight, self.rays_bias = (torch.stack(x).to(embedder.weight.dtype) for x in (weights, biases))
         self._laid_out = True
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.rays_weight = self.rays_bias = None  # made of what was there before
-        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def null_caption(self) -> Tensor:
@@ -294,6 +282,33 @@ class WorldModel(nn.Module):
         blocks: Any = self.blocks
         return [block.cross_attn.keys_and_values(y) for block in blocks] if of_sample else y
 
+    @torch.no_grad()
+    def of_rays(self) -> OfRays:
+        """What makes of Pluecker maps (B, 48, T, h, w) what each block adds to its tokens, (B, N, C) each, for many
+        samples. Of weights that are laid out the embedding and a block's projection are one product, made here.
+        """
+        blocks: Any = self.blocks
+        embedder, projections = self.plucker_embedder, [block.plucker_proj for block in blocks]
+
+        def by_both(plucker: Tensor) -> list[Tensor]:
+            embedded = embedder(plucker)
+            return [each(embedded) for each in projections]
+
+        if not self._laid_out or any(type(each) is not nn.Linear for each in projections):
+            return by_both
+        first, bias, layers = embedder.proj.weight.flatten(1), embedder.proj.bias, []
+        assert bias is not None
+        for each in projections:
+            weight = wide(each.weight)
+            joined = weight @ wide(first), F.linear(wide(bias), weight, wide(each.bias))
+            layers.append([x.to(first.dtype) for x in joined])
+
+        def by_one(plucker: Tensor) -> list[Tensor]:
+            tokens = plucker.flatten(2).transpose(1, 2).contiguous()
+            return [F.linear(tokens, *layer) for layer in layers]
+
+        return by_one
+
     def of_past(self, seen: Traces) -> Traces:
         """What a time axis has seen, with what weights that are laid out make of it: once for many passes."""
         blocks: Any = self.blocks
@@ -310,11 +325,11 @@ class WorldModel(nn.Module):
         camera: CameraFeatures | None = None,
         time_axis: TimeAxis = WHOLE_CLIP,
         camera_seen: Tensor | None = None,
-        for_steps: bool = False,
+        of_rays: OfRays | None = None,
     ) -> Context:
         """A context of text that was read before, for these frames; other arguments as in `forward`.
 
-        for_steps: for many, of few frames, so what each block makes of the rays is computed here, once for all of them.
+        of_rays: of the network, for many steps of few frames: what each block makes of the rays is computed here, once.
         """
         rays = camera if self.config.reads_rays else None
         at, dtype = self._positions(tuple(grid), rays, text_mask.device, time_axis), self.x_embedder.proj.weight.dtype
@@ -324,20 +339,12 @@ class WorldModel(nn.Module):
         mask.masked_fill_(text_mask == 0, -math.inf)
         context = Context(tuple(grid), text, mask, at)  # type: ignore[arg-type]
         if camera is not None and self.config.reads_plucker:
-            if for_steps:
-                context.rays = [at.seen(each) for each in self._rays(camera.plucker.to(dtype))]
+            plucker = camera.plucker.to(dtype)
+            if of_rays is None:
+                context.plucker = self.plucker_embedder(plucker)
             else:
-                context.plucker = self.plucker_embedder(camera.plucker.to(dtype))
+                context.rays = [at.seen(each) for each in of_rays(plucker)]
         return context
-
-    def _rays(self, plucker: Tensor) -> list[Tensor]:
-        """What each block makes of Pluecker maps (B, 48, T, h, w): (B, N, C)."""
-        blocks: Any = self.blocks
-        if self.rays_weight is None or self.rays_bias is None:
-            embedded = self.plucker_embedder(plucker)
-            return [block.plucker_proj(embedded) for block in blocks]
-        tokens = plucker.flatten(2).transpose(1, 2).contiguous()
-        return [F.linear(tokens, *layer) for layer in zip(self.rays_weight, self.rays_bias, strict=True)]
 
     def velocity(self, latents: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """As `forward`, of a context prepared before."""
