@@ -132,7 +132,12 @@ def by_token(x: Tensor) -> tuple[Tensor, int]:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its rows do not begin at multiples of 16 bytes, as the memory accelerator wants them."""
-    strides_fit = all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    fits = strides_fit and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    """x, or a copy where it is not `in_sixteens`, as the memory accelerator wants it."""
+    return x if in_sixteens(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def in_sixteens(x: Tensor) -> bool:
+    """Whether the rows of x lie together, and begin at multiples of 16 bytes, in its storage as well."""
+    steps = x.storage_offset(), *x.stride()[:-1]
+    fit = all(x.stride()[:-1]) and all(step * x.element_size() % 16 == 0 for step in steps)
+    return fit and x.stride(-1) == 1 and x.data_ptr() % 16 == 0

@@ -140,12 +140,13 @@ def _added(x, y, by):
 
 
 @triton.jit
-def _encode(
-    token, x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens,
-    matrix_token, row, column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
+def _forward(
+    x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens, matrix_token, row,
+    column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
     PLAIN: tl.constexpr, INFLATION: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     h, d = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (h < BLOCK_H) & (d < D)
     of_rays = (tl.arange(0, BLOCK_D // 4) * 4 < HALF)[None, :]
@@ -171,43 +172,28 @@ def _encode(
 
 
 @triton.jit
-def _forward(
-    x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr, x_token, tokens, matrix_token, row,
-    column, scale, eps, sign, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
-    PLAIN: tl.constexpr, INFLATION: tl.constexpr,
-):  # fmt: skip
-    _encode(
-        tl.program_id(0).to(tl.int64), x_ptr, weight_ptr, matrix_ptr, rope_ptr, plain_ptr, encoded_ptr, inflation_ptr,
-        x_token, tokens, matrix_token, row, column, scale, eps, sign, H, D, HALF, BLOCK_H, BLOCK_D, NORM, RELU,
-        DOWNSCALE, PLAIN, INFLATION,
-    )  # fmt: skip
-
-
-@triton.jit
 def _to_rays(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, q_matrix_ptr, matrix_ptr, rope_ptr, q_out_ptr, k_out_ptr,
     v_out_ptr, inflation_ptr, q_token, k_token, v_token, tokens, q_matrix_token, q_row, q_column, matrix_token, row,
     column, k_scale, eps, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, RELU: tl.constexpr, DOWNSCALE: tl.constexpr,
 ):  # fmt: skip
-    """The second axis of the grid: queries, keys, values."""
-    token, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """`_forward` of all three. The second axis of the grid: queries, keys, values."""
+    which = tl.program_id(1)
     if which == 0:
-        _encode(
-            token, q_ptr, q_weight_ptr, q_matrix_ptr, rope_ptr, None, q_out_ptr, None, q_token, tokens, q_matrix_token,
-            q_row, q_column, 1.0, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False, False,
+        _forward(
+            q_ptr, q_weight_ptr, q_matrix_ptr, rope_ptr, None, q_out_ptr, None, q_token, tokens, q_matrix_token, q_row,
+            q_column, 1.0, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False, False,
         )  # fmt: skip
     elif which == 1:
-        _encode(
-            token, k_ptr, k_weight_ptr, matrix_ptr, rope_ptr, None, k_out_ptr, inflation_ptr, k_token, tokens,
-            matrix_token, row, column, k_scale, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False,
-            True,
+        _forward(
+            k_ptr, k_weight_ptr, matrix_ptr, rope_ptr, None, k_out_ptr, inflation_ptr, k_token, tokens, matrix_token,
+            row, column, k_scale, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, True, RELU, DOWNSCALE, False, True,
         )  # fmt: skip
     else:
-        _encode(
-            token, v_ptr, None, matrix_ptr, rope_ptr, None, v_out_ptr, None, v_token, tokens, matrix_token, row, column,
-            1.0, eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, False, False, DOWNSCALE, False, False,
+        _forward(
+            v_ptr, None, matrix_ptr, rope_ptr, None, v_out_ptr, None, v_token, tokens, matrix_token, row, column, 1.0,
+            eps, 1.0, H, D, HALF, BLOCK_H, BLOCK_D, False, False, DOWNSCALE, False, False,
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.kernels.gdn import every_state, scan_states
+from longtake.kernels.launch import in_sixteens
 from longtake.model.dit.past import seen_from
 from longtake.model.dit.positions import RotaryTable
 from longtake.model.dit.time_axis import OverTime, TimeAxis
@@ -240,12 +241,8 @@ def _joined(x: Tensor, runs: list[tuple[int, int]]) -> Tensor:
 def _filled(to: Tensor, x: Tensor) -> Tensor:
     """`to`, with x: torch copies parts of wider rows number by number, so 16 bytes are one where they lie so."""
     compiled = torch.compiler.is_compiling()  # which copies as it likes
-    if not compiled and to.dtype == x.dtype and all(_in_sixteens(each) for each in (to, x)):
+    whole = to.dtype == x.dtype and x.shape[-1] * x.element_size() % 16 == 0
+    if whole and not compiled and in_sixteens(to) and in_sixteens(x):
         to.view(torch.complex128).copy_(x.view(torch.complex128))
         return to
     return to.copy_(x)
-
-
-def _in_sixteens(x: Tensor) -> bool:
-    sizes = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(size * x.element_size() % 16 == 0 for size in sizes)

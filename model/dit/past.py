@@ -28,9 +28,12 @@ def seen_from(past: StreamState, frames: int, rotary: RotaryTable | None) -> Tra
     for part in KEYS:
         if blocks := [block for block, its in past.traces if its == part]:
             assert rotary is not None
-            area = past.traces[blocks[0], part][0].shape[1] // sum(size for _, size, _ in past.kept)
-            turns = _turns(past, part, area, rotary, frames, past.traces[blocks[0], part][0].device)
-            found |= {(block, part): _keys(past.traces[block, part], part, turns, area * frames) for block in blocks}
+            keys = past.traces[blocks[0], part][0]
+            area, unmoved = keys.shape[1] // sum(size for _, size, _ in past.kept), None
+            if part != "keys":
+                unmoved = torch.eye(4, device=keys.device).expand(1, keys.shape[1], 4, 4).contiguous()
+            turns = _turns(past, part, area, rotary, frames, keys.device)
+            found |= {(block, part): _keys(past.traces[block, part], turns, unmoved, area * frames) for block in blocks}
     for part in _ROTATED:
         if blocks := [block for block, its in past.traces if its == part]:
             assert rotary is not None
@@ -56,16 +59,17 @@ def _turns(
     return found
 
 
-def _keys(trace: tuple[Tensor, ...], part: str, turns: list[Tensor], room: int) -> tuple[Tensor, ...]:
-    """Keys and values of clips, and room for so many tokens'; the camera's values are rotated too."""
+def _keys(trace: tuple[Tensor, ...], turns: list[Tensor], unmoved: Tensor | None, room: int) -> tuple[Tensor, ...]:
+    """Keys and values of clips, and room for so many tokens'. unmoved: a camera's matrices that change nothing; its
+    values are rotated too.
+    """
     known, clips = trace[0].shape[1], len(turns)
     rooms = tuple(x.new_empty(x.shape[0], known + room, *x.shape[2:]) for x in trace)
-    unmoved = None if part == "keys" else torch.eye(4, device=trace[0].device).expand(1, known, 4, 4).contiguous()
     for clip, back in enumerate(turns):
         k, v = (x[clip::clips] for x in trace)
         to_k, to_v = (x[clip::clips, :known] for x in rooms)
         encode(k, back, matrix=unmoved, inverse_rope=True, into=to_k)
-        if part == "keys":
+        if unmoved is None:
             to_v.copy_(v)
         else:
             encode(v, back, matrix=unmoved, inverse_rope=True, into=to_v)

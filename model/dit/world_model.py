@@ -296,12 +296,13 @@ class WorldModel(nn.Module):
 
         if not self._laid_out or any(type(each) is not nn.Linear for each in projections):
             return by_both
-        first, bias, layers = embedder.proj.weight.flatten(1), embedder.proj.bias, []
-        assert bias is not None
+        assert embedder.proj.bias is not None
+        dtype, layers = embedder.proj.weight.dtype, []
+        first, bias = wide(embedder.proj.weight.flatten(1)), wide(embedder.proj.bias)
         for each in projections:
             weight = wide(each.weight)
-            joined = weight @ wide(first), F.linear(wide(bias), weight, wide(each.bias))
-            layers.append([x.to(first.dtype) for x in joined])
+            joined = weight @ first, F.linear(bias, weight, wide(each.bias))
+            layers.append([x.to(dtype) for x in joined])
 
         def by_one(plucker: Tensor) -> list[Tensor]:
             tokens = plucker.flatten(2).transpose(1, 2).contiguous()

@@ -26,9 +26,6 @@ class Launcher:
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __getitem__(self, grid):
-        return self
-
     def __call__(self, *values, **options):
         given = dict(zip(self.kernel.arg_names, values, strict=False))
         given |= {name: options.pop(name) for name in list(options) if name in self.kernel.arg_names}
@@ -47,15 +44,9 @@ class Launcher:
         compiled.append(name)
 
 
+triton.JITFunction.__getitem__ = lambda kernel, grid: Launcher(kernel)
 for module in (triton_maps, triton_read, triton_scan, triton_glu_conv, triton_gates, triton_modulate, triton_conv,
                triton_encode, triton_conv_input, triton_norm_rope, gdn_gates, triton_masked):
-    launched = {"_forward", "_backward", "_one_way", "_both_ways", "_to_maps", "_sums", "_spread", "_gated",
-                "_gated_backward", "_output_gate", "_output_gate_backward", "_modulate", "_modulate_backward",
-                "_convolve", "_conv_input", "_norm_rope", "_gates", "_summed", "_every", "_both",
-                "_masked", "_to_rays"}
-    for name in launched & set(vars(module)):
-        if isinstance(vars(module)[name], triton.JITFunction):
-            setattr(module, name, Launcher(vars(module)[name]))
     if hasattr(module, "roomy"):
         module.roomy = lambda _: False
 
